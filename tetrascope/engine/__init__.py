@@ -1,0 +1,1 @@
+"""Joins models and parallelism: configuration, step plan, data, training step, checkpoints."""

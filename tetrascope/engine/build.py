@@ -1,0 +1,189 @@
+"""From a configuration to this rank's part of the model: checks, stage cut, tensor parallelism, flat parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tetrascope.engine import flops
+from tetrascope.engine.config import OptimizerSection
+from tetrascope.engine.logical import Shard, shards
+from tetrascope.engine.source import Source, fill
+from tetrascope.errors import UserError
+from tetrascope.models.family import Family, ModelConfig, Stage
+from tetrascope.models.layers.attention import AttentionFn
+from tetrascope.models.sharding import Column, Replicated, Row, Vocab, rule_for
+from tetrascope.parallel.mesh import Layout, Mesh
+from tetrascope.parallel.pipeline.partition import balanced_split, check_layers, check_split, layer_ranges
+from tetrascope.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from tetrascope.parallel.tensor.placement import Block, whole
+from tetrascope.parallel.zero.flat import FlatGroup, GroupSpec
+from tetrascope.parallel.zero.optimizer import ZeroAdamW
+
+TYPICAL_FRAME = 256
+"""Patches of the picture, and tokens of the document, that the automatic stage cut is made for."""
+
+
+def check_layout(config: ModelConfig, layout: Layout, split: list[int] | str = "auto") -> None:
+    """Raises UserError when the model cannot be laid out so. Needs no process group."""
+    if layout.ring * layout.ulysses > 1:
+        raise UserError("parallel.ring, parallel.ulysses: context parallelism is not available yet; set both to 1")
+    heads = {
+        "decoder heads": config.decoder.heads,
+        "decoder key/value heads": config.decoder.kv_heads,
+        "vision heads": config.vision.heads,
+    }
+    for what, count in heads.items():
+        if count % layout.tp:
+            fits = [n for n in range(1, layout.tp) if all(h % n == 0 for h in heads.values())]
+            raise UserError(
+                f"parallel.tp: {count} {what} do not divide by tp={layout.tp}; this model allows tp up to {max(fits)}"
+            )
+    check_layers(config.decoder.layers, layout.pp)
+    if not isinstance(split, str):
+        check_split(split, config.decoder.layers, layout.pp)
+
+
+def stage_layers(config: ModelConfig, layout: Layout, split: list[int] | str = "auto") -> list[range]:
+    """The decoder layers of every stage; `auto` counts vision encoder and head as what they cost beside a layer."""
+    if not isinstance(split, str):
+        return layer_ranges(split)
+    layer = flops.layer_forward(config, [TYPICAL_FRAME])
+    vision = flops.vision_forward(config, [TYPICAL_FRAME]) / layer
+    head = flops.head_forward(config, TYPICAL_FRAME) / layer
+    return layer_ranges(balanced_split(config.decoder.layers, layout.pp, vision, head))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A local parameter and its place in the whole one."""
+
+    param: nn.Parameter
+    blocks: tuple[Block, ...]
+    replicated: bool
+    """The same on every tensor-parallel rank."""
+
+
+class StageModel:
+    """This rank's part of the model: what its pipeline stage holds, divided over its tensor-parallel group.
+
+    Built without memory first (meta device); `ZeroAdamW`'s flat buffers then become the parameters' memory.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        config: Any,
+        mesh: Mesh,
+        split: list[int] | str,
+        attend: AttentionFn,
+        dtype: torch.dtype,
+    ) -> None:
+        self.family, self.config, self.mesh = family, config, mesh
+        layers = stage_layers(config, mesh.layout, split)[mesh.index("pp")]
+        with torch.device("meta"):
+            stage = Stage(layers, first=mesh.first_stage, last=mesh.last_stage)
+            self.module = family.build(config, stage, attend).to(dtype)
+        self.placed = dict(self._divide())
+        self._weights = family.weights(config)
+
+    def _divide(self) -> Iterator[tuple[str, Placed]]:
+        """Applies the sharding table; yields every parameter once (a tied one under its first name)."""
+        table = self.family.sharding(self.config)
+        group = self.mesh.group("tp")
+        owners = [name for name, module in self.module.named_modules() if module._parameters]
+        made: dict[int, nn.Parameter] = {}
+        for name in owners:
+            module = self.module.get_submodule(name)
+            rule = rule_for(table, name)
+            original = {key: id(param) for key, param in module._parameters.items() if param is not None}
+            if isinstance(rule, Column) and isinstance(module, nn.Linear):
+                module = ColumnParallelLinear(module, rule.segments, group)
+            elif isinstance(rule, Row) and isinstance(module, nn.Linear):
+                module = RowParallelLinear(module, group, rule.scatter)
+            elif isinstance(rule, Vocab) and isinstance(module, nn.Embedding):
+                module = VocabParallelEmbedding(module, group)
+            elif not isinstance(rule, Replicated):
+                raise UserError(f"sharding table: {type(rule).__name__} cannot divide {name}, a {type(module).__name__}")
+            self.module.set_submodule(name, module)
+            blocks = getattr(module, "blocks", {})
+            for key, identity in original.items():
+                if identity in made:  # tied within this stage: keep one parameter
+                    module._parameters[key] = made[identity]
+                    continue
+                param = module.get_parameter(key)
+                made[identity] = param
+                place = blocks.get(key, whole(tuple(param.shape)))
+                yield f"{name}.{key}", Placed(param, place, key not in blocks)
+
+    def group_specs(self, weight_decay: float) -> list[GroupSpec]:
+        """Parameters by how they are updated and reduced: decay for matrices only, replicated or divided, tied."""
+        mesh = self.mesh
+        tied = self._tied_across_stages()
+        groups: dict[tuple[bool, bool, bool], dict[str, nn.Parameter]] = {}
+        for name, placed in self.placed.items():
+            key = (name == tied, placed.replicated, placed.param.ndim > 1)
+            groups.setdefault(key, {})[name] = placed.param
+        return [
+            GroupSpec(
+                name=f"{'tied' if is_tied else 'replicated' if replicated else 'divided'}-{'decay' if decay else 'no-decay'}",
+                params=params,
+                lr_scale=1.0,
+                weight_decay=weight_decay if decay else 0.0,
+                partial=replicated,
+                tied=is_tied,
+                counted=not (replicated and mesh.index("tp") > 0) and not (is_tied and not mesh.first_stage),
+            )
+            for (is_tied, replicated, decay), params in sorted(groups.items())
+        ]
+
+    def _tied_across_stages(self) -> str | None:
+        """The parameter of this stage that has its copy on another one."""
+        if not self.config.decoder.tied_embeddings or self.mesh.layout.pp == 1:
+            return None
+        return "embed.weight" if self.mesh.first_stage else "head.weight" if self.mesh.last_stage else None
+
+    def owns(self, name: str) -> bool:
+        """Whether this rank is the one that saves a parameter, among those that hold the same part of it."""
+        if self.placed[name].replicated and self.mesh.index("tp") > 0:
+            return False
+        return not (name == self._tied_across_stages() and not self.mesh.first_stage)
+
+    def shards(self, name: str, start: int, flat: torch.Tensor) -> list[Shard]:
+        """The elements [start, start + len(flat)) of a local parameter as shards of logical tensors."""
+        placed = self.placed[name]
+        return shards(flat, start, tuple(placed.param.shape), placed.blocks, self._weights[name])
+
+    def flat_shards(self, group: FlatGroup, flat: torch.Tensor) -> Iterator[tuple[str, Shard]]:
+        """(parameter name, shard) for all that lies in this rank's share `flat` of a flat group."""
+        stop_of_share = group.start + group.share
+        for name, span in group.spans.items():
+            low, high = max(span.start, group.start), min(span.stop, stop_of_share)
+            if low < high:
+                run = flat[low - group.start : high - group.start]
+                for shard in self.shards(name, low - span.start, run):
+                    yield name, shard
+
+    def load(self, source: Source, optimizer: ZeroAdamW) -> None:
+        """Fills all parameters of this rank, and the optimizer's masters."""
+        for group in optimizer.groups:
+            for name in group.spans:
+                fill(self.shards(name, 0, self.placed[name].param.data.view(-1)), source)
+            group.load_masters()
+
+
+def build_optimizer(model: StageModel, options: OptimizerSection, device: torch.device) -> ZeroAdamW:
+    """ZeRO-1 AdamW over the model's parameters, which get their memory here."""
+    return ZeroAdamW(
+        model.group_specs(options.weight_decay),
+        model.mesh,
+        device,
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        clip=options.clip,
+    )

@@ -1,0 +1,205 @@
+"""The configuration of a run: a YAML file, `key=value` overrides, checked before any process group is made."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from tetrascope.errors import UserError
+from tetrascope.parallel.mesh import Layout
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """Which model. Either `config` (train from scratch) or `init_from` (a Hugging Face checkpoint folder)."""
+
+    family: str
+    config: dict[str, Any] | None = None
+    init_from: Path | None = None
+
+
+class DataSection(_Section):
+    """What to train on.
+
+    train: JSONL of conversations, image paths relative to it. max_tokens: longest sample allowed. max_bad_samples:
+    unreadable images to skip before the run stops.
+    """
+
+    train: Path
+    tokenizer: Path
+    min_pixels: PositiveInt = 56 * 56
+    max_pixels: PositiveInt = 1280 * 28 * 28
+    max_tokens: PositiveInt = 32768
+    max_bad_samples: NonNegativeInt = 100
+
+
+class BatchSection(_Section):
+    """The global batch: `samples` in all, in `micro_batches` packed micro-batches on every data-parallel rank."""
+
+    samples: PositiveInt
+    micro_batches: PositiveInt = 1
+
+
+class ParallelSection(_Section):
+    """Sizes of the axes. dp: null means what the started ranks leave. split: decoder layers per stage, or auto."""
+
+    tp: PositiveInt = 1
+    pp: PositiveInt = 1
+    dp: PositiveInt | None = 1
+    ring: PositiveInt = 1
+    ulysses: PositiveInt = 1
+    schedule: str = "1f1b"
+    split: Literal["auto"] | list[PositiveInt] = "auto"
+
+    def layout(self, world: int | None = None) -> Layout:
+        """The layout for `world` started ranks (None: as many as the axes say).
+
+        Raises UserError when the axes do not multiply to it.
+        """
+        axes = f"pp={self.pp}, ring={self.ring}, ulysses={self.ulysses}, tp={self.tp}"
+        rest = self.pp * self.ring * self.ulysses * self.tp
+        dp = self.dp
+        if dp is None:
+            if (world or rest) % rest:
+                raise UserError(f"parallel: {world} ranks do not divide by {axes} ({rest}); change one of them")
+            dp = (world or rest) // rest
+        if world is not None and dp * rest != world:
+            raise UserError(
+                f"parallel: dp={dp}, {axes} make {dp * rest} ranks, but {world} were started; start {dp * rest} "
+                f"ranks (--nproc-per-node times --nnodes) or change the axes, for example parallel.dp=null"
+            )
+        return Layout(pp=self.pp, dp=dp, ring=self.ring, ulysses=self.ulysses, tp=self.tp)
+
+
+class OptimizerSection(_Section):
+    """AdamW with linear warm-up and cosine decay to lr·min_lr_ratio. clip: gradient norm, null for none."""
+
+    lr: PositiveFloat
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    warmup_steps: NonNegativeInt = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    clip: PositiveFloat | None = 1.0
+
+
+class TrainSection(_Section):
+    """How long and where. threads: CPU threads a rank. save_every, log_every: in steps."""
+
+    steps: PositiveInt
+    seed: NonNegativeInt = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: PositiveInt = 1
+    save_every: PositiveInt = 1000
+    log_every: PositiveInt = 1
+
+
+class KernelsSection(_Section):
+    """Which kernels. auto: the fastest that is installed."""
+
+    attention: str = "auto"
+
+
+class OutputSection(_Section):
+    """Where the run's files go. export_hf: also write a Hugging Face checkpoint to `hf` inside it at the end."""
+
+    dir: Path
+    export_hf: bool = True
+
+
+class Config(_Section):
+    """A run."""
+
+    model: ModelSection
+    data: DataSection
+    batch: BatchSection
+    parallel: ParallelSection = ParallelSection()
+    optimizer: OptimizerSection
+    train: TrainSection
+    kernels: KernelsSection = KernelsSection()
+    output: OutputSection
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file and applies `section.key=value` overrides (values are YAML too).
+
+    Raises UserError for a missing or unreadable file, an unknown key (naming the nearest), or a wrong type.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path of the configuration") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a mapping of sections, such as model: and data:")
+    for override in overrides or []:
+        _apply(raw, override)
+    return validated(Config, raw, str(path))
+
+
+def validated(target: Any, raw: Any, where: str) -> Any:
+    """`raw` as an instance of `target` (pydantic model or dataclass). Raises UserError that names file and field."""
+    try:
+        return pydantic.TypeAdapter(target).validate_python(raw)
+    except pydantic.ValidationError as error:
+        lines = [_explain(target, problem) for problem in error.errors()]
+        raise UserError(f"{where}: " + "; ".join(lines)) from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise UserError(f"override {override!r}: expected section.key=value, as in train.steps=100")
+    place = raw
+    for part in parts[:-1]:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise UserError(f"override {override!r}: {part!r} is a value, not a section")
+    try:
+        place[parts[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: {value!r} is not valid YAML") from error
+
+
+def _explain(target: Any, problem: Any) -> str:
+    """One validation error as field, expectation and remedy."""
+    location = [str(part) for part in problem["loc"]]
+    field = ".".join(location)
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _fields(target, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {field!r}; {hint}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{field!r} is missing; add it"
+    return f"{field!r} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _fields(target: Any, location: list[str]) -> list[str]:
+    """Names that are known at a place of the configuration."""
+    for part in location:
+        fields = getattr(target, "model_fields", None) or getattr(target, "__dataclass_fields__", {})
+        if part not in fields:
+            return []
+        field = fields[part]
+        target = field.annotation if hasattr(field, "annotation") else _resolve(target, part)
+    fields = getattr(target, "model_fields", None) or getattr(target, "__dataclass_fields__", {})
+    return sorted(fields)
+
+
+def _resolve(owner: type, name: str) -> Any:
+    """The type of a dataclass field, whose annotation may be a string."""
+    import typing
+
+    return typing.get_type_hints(owner)[name]

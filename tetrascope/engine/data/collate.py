@@ -1,0 +1,116 @@
+"""From samples to the tensors of a packed micro-batch, as one tensor-parallel rank sees them.
+
+Everything is computed on the whole micro-batch first and cut afterwards: labels are shifted inside each document
+before any padding, positions never depend on the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tetrascope.models.family import Family
+from tetrascope.models.inputs import Inputs, VisionInputs
+from tetrascope.models.layers.packed import Packed
+from tetrascope.parallel.tensor.placement import share
+
+
+@dataclass(frozen=True)
+class Document:
+    """A sample ready to be packed. patches: rows float32 `[n, P]` of all its images, None where nobody encodes."""
+
+    ids_T: np.ndarray
+    positions_3T: np.ndarray
+    weights_T: np.ndarray
+    """float32 `[T]`: loss weight of each token as a target (0 = not supervised)."""
+    grids: tuple[tuple[int, int, int], ...]
+    patches: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Inputs of the model, and for each row the token that follows it and the weight of predicting it."""
+
+    inputs: Inputs
+    labels_T: Tensor
+    weights_T: Tensor
+    real_tokens: int
+
+
+def collate(
+    documents: Sequence[Document],
+    family: Family,
+    config: Any,
+    rows: int,
+    tp: int,
+    tp_rank: int,
+    encode: bool,
+    device: torch.device,
+) -> MicroBatch:
+    """Packs documents into `rows` token rows (padding goes into a document of its own, weight zero).
+
+    encode: whether this rank runs the vision encoder; then its share of the patch rows and of the visual tokens is
+    prepared too. rows must divide by tp.
+    """
+    lengths = [len(d.ids_T) for d in documents]
+    total = sum(lengths)
+    pad = rows - total
+    ids = np.concatenate([*(d.ids_T for d in documents), np.full(pad, config.pad_token_id, dtype=np.int64)])
+    axes = documents[0].positions_3T.shape[0]
+    positions = np.concatenate([*(d.positions_3T for d in documents), np.zeros((axes, pad), dtype=np.int64)], axis=1)
+    labels = np.concatenate([*(_next(d.ids_T) for d in documents), np.zeros(pad, dtype=np.int64)])
+    weights = np.concatenate([*(_next(d.weights_T) for d in documents), np.zeros(pad, dtype=np.float32)])
+    vision = None
+    if encode and any(d.grids for d in documents):
+        # What the features replace is looked for in the documents alone: a pad row must never count as visual.
+        visual = np.flatnonzero(np.isin(ids[:total], family.visual_ids(config)))
+        vision = _vision(documents, family, config, visual, rows, tp, tp_rank, device)
+    inputs = Inputs(
+        token_ids_T=torch.from_numpy(ids).to(device),
+        positions_3T=torch.from_numpy(positions).to(device),
+        documents=Packed((*lengths, pad) if pad else tuple(lengths)),
+        vision=vision,
+    )
+    return MicroBatch(inputs, torch.from_numpy(labels).to(device), torch.from_numpy(weights).to(device), total)
+
+
+def _next(x_T: np.ndarray) -> np.ndarray:
+    """Shifts a document by one: row i gets what belongs to token i+1, the last row zero."""
+    return np.concatenate([x_T[1:], np.zeros(1, dtype=x_T.dtype)])
+
+
+def _vision(
+    documents: Sequence[Document],
+    family: Family,
+    config: Any,
+    visual_rows: np.ndarray,
+    rows: int,
+    tp: int,
+    tp_rank: int,
+    device: torch.device,
+) -> VisionInputs:
+    """This rank's contiguous share of the patch rows, padded to whole merge blocks on every rank."""
+    grids = [grid for d in documents for grid in d.grids]
+    positions_2N, frames = family.patch_positions(config, grids)
+    patches = [d.patches for d in documents if d.patches is not None and len(d.patches)]
+    block = config.vision.merge**2
+    total = sum(frames)
+    pad = -total % (block * tp)
+    own = (total + pad) // tp
+    here = slice(tp_rank * own, (tp_rank + 1) * own)
+    padded = np.concatenate([*patches, np.zeros((pad, patches[0].shape[1]), dtype=np.float32)])
+    positions_2N = torch.nn.functional.pad(positions_2N, (0, pad))
+    mine = share(rows, tp, tp_rank)
+    chosen = np.flatnonzero((visual_rows >= mine.start) & (visual_rows < mine.stop))
+    return VisionInputs(
+        patches_NP=torch.from_numpy(np.ascontiguousarray(padded[here])).to(device),
+        positions_2N=positions_2N.to(device),
+        frames=Packed((*frames, pad) if pad else frames),
+        rows_M=torch.from_numpy(visual_rows[chosen] - mine.start).to(device),
+        picks_M=torch.from_numpy(chosen).to(device),
+    )

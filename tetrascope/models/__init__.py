@@ -1,0 +1,1 @@
+"""Model families in plain PyTorch. No file here knows of process groups or of parallelism."""

@@ -1,0 +1,51 @@
+"""Rotary position embedding: tables computed once a step, shared by all layers.
+
+Angles are taken in fp64 and only their cosines and sines are rounded to fp32: an fp32 angle is already off by
+2.5e-3 rad at position 1e5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """cos and sin, fp32 `[T, D]` each, D the head width; both halves of D hold the same angles."""
+
+    cos_TD: Tensor
+    sin_TD: Tensor
+
+
+def inverse_frequencies(width: int, theta: float, device: torch.device) -> Tensor:
+    """θ^(−2i/width), i = 0 … width/2−1, fp64 `[width/2]` (RoFormer, arXiv 2104.09864, eq. 15)."""
+    return theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+
+
+def tables_from_angles(angles_TF: Tensor) -> RotaryTables:
+    """Tables for the angles of one half head, fp64 `[T, D/2]`, repeated for the other half."""
+    angles_TD = torch.cat((angles_TF, angles_TF), dim=-1)
+    return RotaryTables(angles_TD.cos().float(), angles_TD.sin().float())
+
+
+def multimodal_tables(positions_3T: Tensor, head_dim: int, theta: float, section: tuple[int, ...]) -> RotaryTables:
+    """M-RoPE tables: `section` = how many frequencies take the temporal, height and width position (in that order).
+
+    Qwen2-VL, arXiv 2409.12191 §2.1. positions int64 `[3, T]`; sum(section) = head_dim/2.
+    """
+    axis_of_frequency = torch.repeat_interleave(
+        torch.arange(3, device=positions_3T.device), torch.tensor(section, device=positions_3T.device)
+    )
+    frequencies_F = inverse_frequencies(head_dim, theta, positions_3T.device)
+    return tables_from_angles(positions_3T[axis_of_frequency].T.double() * frequencies_F)
+
+
+def rotate(x_TND: Tensor, tables: RotaryTables) -> Tensor:
+    """x·cos + rotate_half(x)·sin in fp32, returned in x's dtype; the same rotation for every head."""
+    x = x_TND.float()
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * tables.cos_TD[:, None] + turned * tables.sin_TD[:, None]).to(x_TND.dtype)

@@ -1,0 +1,214 @@
+"""Shapes of Qwen2-VL, and its config.json both ways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tetrascope.errors import UserError
+from tetrascope.models.layers.decoder import DecoderShape
+
+
+@dataclass(frozen=True)
+class Qwen2VLVision:
+    """Vision encoder: `width` E, `mlp_ratio` of its MLPs' hidden width to E, `patch` pixels, `merge` patches a side."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    width: int
+    layers: int
+    heads: int
+    mlp_ratio: int = 4
+    patch: int = 14
+    temporal_patch: int = 2
+    merge: int = 2
+    channels: int = 3
+
+    @property
+    def mlp(self) -> int:
+        return self.width * self.mlp_ratio
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers in a patch row, flattened in the order (channel, frame, row, column)."""
+        return self.channels * self.temporal_patch * self.patch**2
+
+    @property
+    def merged_width(self) -> int:
+        return self.width * self.merge**2
+
+
+@dataclass(frozen=True)
+class Qwen2VLDecoder(DecoderShape):
+    """The Qwen2 decoder: biases on query, key and value, defaults of the published checkpoints."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    rms_eps: float = 1e-6
+    rope_theta: float = 1e6
+    qkv_bias: bool = True
+    tied_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class Qwen2VLConfig:
+    """Qwen2-VL. `position_rule`: `paper` (and Megatron ports) or `hf` (transformers 5), see positions.py."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    decoder: Qwen2VLDecoder
+    vision: Qwen2VLVision
+    mrope_section: tuple[int, int, int]
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    position_rule: str = "paper"
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        d, v = self.decoder, self.vision
+        if d.hidden % d.heads or d.head_dim % 2:
+            raise UserError(f"model.config.decoder: hidden {d.hidden} must be an even multiple of heads {d.heads}")
+        if d.heads % d.kv_heads:
+            raise UserError(f"model.config.decoder: heads {d.heads} must be a multiple of kv_heads {d.kv_heads}")
+        if v.width % (4 * v.heads):
+            raise UserError(
+                f"model.config.vision: width {v.width} must be a multiple of 4 x heads {v.heads}: "
+                "2D rotary positions need head widths that are multiples of 4"
+            )
+        if sum(self.mrope_section) * 2 != d.head_dim:
+            raise UserError(
+                f"model.config.mrope_section: {list(self.mrope_section)} must sum to half the head width, "
+                f"{d.head_dim // 2}"
+            )
+        if self.position_rule not in ("paper", "hf"):
+            raise UserError(f"model.config.position_rule: {self.position_rule!r} must be 'paper' or 'hf'")
+
+
+SPECIAL_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "eos_token_id": "<|im_end|>",
+    "pad_token_id": "<|endoftext|>",
+}
+
+
+def complete(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Fills `decoder.vocab` and the special token ids that the configuration leaves out, from the tokenizer.
+
+    Raises UserError when the tokenizer lacks one of Qwen2-VL's special tokens.
+    """
+    filled = dict(config)
+    for field, token in SPECIAL_TOKENS.items():
+        if field not in filled:
+            index = tokenizer.convert_tokens_to_ids(token)
+            if index is None or index == tokenizer.unk_token_id:
+                raise UserError(f"data.tokenizer: has no token {token}, which Qwen2-VL needs; add it as a special token")
+            filled[field] = index
+    if isinstance(filled.get("decoder"), dict):
+        filled["decoder"] = {"vocab": len(tokenizer), **filled["decoder"]}
+    return filled
+
+
+def from_hf(raw: dict[str, Any]) -> Qwen2VLConfig:
+    """From the contents of config.json, in the flat (4.x) or the nested (5.x) form; transformers reads both."""
+    from transformers import Qwen2VLConfig as HFConfig
+
+    hf = HFConfig.from_dict(raw)
+    text, vision = hf.text_config, hf.vision_config
+    rope = text.rope_parameters
+    return Qwen2VLConfig(
+        decoder=Qwen2VLDecoder(
+            hidden=text.hidden_size,
+            intermediate=text.intermediate_size,
+            layers=text.num_hidden_layers,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            vocab=text.vocab_size,
+            rms_eps=text.rms_norm_eps,
+            rope_theta=rope["rope_theta"],
+            tied_embeddings=bool(hf.tie_word_embeddings or raw.get("text_config", {}).get("tie_word_embeddings", False)),
+        ),
+        vision=Qwen2VLVision(
+            width=vision.embed_dim,
+            layers=vision.depth,
+            heads=vision.num_heads,
+            mlp_ratio=vision.mlp_ratio,
+            patch=vision.patch_size,
+            temporal_patch=vision.temporal_patch_size,
+            merge=vision.spatial_merge_size,
+            channels=vision.in_channels,
+        ),
+        mrope_section=tuple(rope["mrope_section"]),
+        image_token_id=hf.image_token_id,
+        video_token_id=hf.video_token_id,
+        vision_start_token_id=hf.vision_start_token_id,
+        vision_end_token_id=hf.vision_end_token_id,
+        eos_token_id=_first(text.eos_token_id, 151645),
+        pad_token_id=_first(text.pad_token_id, 151643),
+        initializer_range=text.initializer_range,
+    )
+
+
+def _first(token: int | list[int] | None, default: int) -> int:
+    """config.json may hold no id or several; the published default, or the first."""
+    if token is None:
+        return default
+    return token[0] if isinstance(token, list) else token
+
+
+def to_hf(config: Qwen2VLConfig, dtype: str) -> dict[str, Any]:
+    """The contents of config.json, in the nested form that transformers 5 writes."""
+    d, v = config.decoder, config.vision
+    return {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "dtype": dtype,
+        "tie_word_embeddings": d.tied_embeddings,
+        "image_token_id": config.image_token_id,
+        "video_token_id": config.video_token_id,
+        "vision_start_token_id": config.vision_start_token_id,
+        "vision_end_token_id": config.vision_end_token_id,
+        "text_config": {
+            "model_type": "qwen2_vl_text",
+            "dtype": dtype,
+            "hidden_size": d.hidden,
+            "intermediate_size": d.intermediate,
+            "num_hidden_layers": d.layers,
+            "num_attention_heads": d.heads,
+            "num_key_value_heads": d.kv_heads,
+            "vocab_size": d.vocab,
+            "rms_norm_eps": d.rms_eps,
+            "hidden_act": "silu",
+            "max_position_embeddings": 32768,
+            "initializer_range": config.initializer_range,
+            "use_sliding_window": False,
+            "tie_word_embeddings": d.tied_embeddings,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": d.rope_theta,
+                "mrope_section": list(config.mrope_section),
+            },
+            "bos_token_id": config.pad_token_id,
+            "eos_token_id": config.eos_token_id,
+            "pad_token_id": config.pad_token_id,
+        },
+        "vision_config": {
+            "model_type": "qwen2_vl_vision",
+            "depth": v.layers,
+            "embed_dim": v.width,
+            "hidden_size": d.hidden,
+            "mlp_ratio": v.mlp_ratio,
+            "num_heads": v.heads,
+            "in_channels": v.channels,
+            "patch_size": v.patch,
+            "spatial_merge_size": v.merge,
+            "temporal_patch_size": v.temporal_patch,
+            "hidden_act": "quick_gelu",
+        },
+    }

@@ -1,0 +1,1 @@
+"""The axes of parallelism, one folder each. Nothing here knows of a model family."""

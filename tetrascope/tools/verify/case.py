@@ -1,0 +1,91 @@
+"""What is compared: a model small enough for one process, batches that show mistakes, and the reference's numbers.
+
+The oracle is the family's implementation in transformers, run in one process, one sample at a time, without packing
+or padding, in fp32. It shares no code with this package. What would hide a mistake is avoided: default-initialised
+weights are nearly blind to positions (attention is flat), so matrices are scaled up; samples have images of different
+sizes, several images, a video whose frames outnumber its rows, and no image at all; the vocabulary does not divide
+by the tensor-parallel degree; the gradient norm is clipped, so that a wrong norm shows in the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tetrascope.engine.config import OptimizerSection
+from tetrascope.engine.data.collate import Document
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with its weights (Hugging Face names), and samples to train it on.
+
+    batch: samples in a global batch; the plan chooses which. steps: optimizer steps to take.
+    """
+
+    family: str
+    config: Any
+    weights: dict[str, Tensor]
+    documents: tuple[Document, ...]
+    batch: int
+    steps: int
+    optimizer: OptimizerSection
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a run gives: the loss of every step, gradients of the first, weights after the last (Hugging Face names)."""
+
+    losses: list[float]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+OPTIMIZER = OptimizerSection(
+    lr=1e-2, min_lr_ratio=1.0, betas=(0.9, 0.95), eps=1e-2, weight_decay=0.1, clip=1.0
+)
+"""eps is large on purpose. AdamW divides by |g| + eps: with a tiny eps an element whose gradient is all rounding
+noise moves by a full ±lr in a random direction, and no comparison of weights means anything. With gradients clipped
+to norm 1 and eps 1e-2, an update changes by at most (1 + 1/eps) ≈ 100 times the relative gradient error."""
+
+
+def train_reference(
+    model: torch.nn.Module,
+    loss_sum: Any,
+    batches: Sequence[Sequence[Document]],
+    options: OptimizerSection,
+    name_on_disk: Any,
+) -> Numbers:
+    """Trains the oracle: gradients of Σ weight·CE / Σ weight over each global batch, torch's own clip and AdamW.
+
+    loss_sum: (model, document) -> Σ weight·CE of one sample. name_on_disk: parameter name -> name in the checkpoint.
+    """
+    params = dict(model.named_parameters())
+    groups = [
+        {"params": [p for p in params.values() if p.ndim > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in params.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, foreach=False)
+    losses: list[float] = []
+    gradients: dict[str, Tensor] = {}
+    for batch in batches:
+        for param in params.values():
+            param.grad = torch.zeros_like(param)
+        total = float(sum(d.weights_T[1:].sum() for d in batch))
+        loss = 0.0
+        for document in batch:
+            part = loss_sum(model, document) / total
+            part.backward()
+            loss += part.item()
+        losses.append(loss)
+        if not gradients:
+            gradients = {name_on_disk(n): p.grad.clone() for n, p in params.items() if p.grad is not None}
+        if options.clip is not None:
+            torch.nn.utils.clip_grad_norm_(params.values(), options.clip)
+        adam.step()
+    weights = {name_on_disk(n): p.detach().clone() for n, p in params.items()}
+    return Numbers(losses, gradients, weights)

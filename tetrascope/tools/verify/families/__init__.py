@@ -1,0 +1,19 @@
+"""Oracles by family name: each module has `make_case(seed)` and `reference(case, batches)`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from tetrascope.errors import UserError
+
+ORACLES = {"qwen2_vl": "tetrascope.tools.verify.families.qwen2_vl"}
+
+
+def get_oracle(family: str) -> Any:
+    """The oracle module of a family. Raises UserError when there is none."""
+    if family not in ORACLES:
+        raise UserError(
+            f"verify: no oracle for family {family!r}; there is one for: {', '.join(sorted(ORACLES))}"
+        )
+    return importlib.import_module(ORACLES[family])

@@ -1,0 +1,547 @@
+"""A pool of processes that runs multi-rank jobs on this machine, one after another, without a new start each.
+
+    def sum_of_ranks() -> float:                      # a module-level function: it is sent by name
+        total = torch.tensor(float(dist.get_rank()))
+        dist.all_reduce(total)
+        return total.item()
+
+    with WorkerPool(size=8) as pool:
+        assert pool.run(sum_of_ranks, world=4) == [6.0] * 4
+
+The processes are forked from a server that has imported torch once, so eight of them cost one import. Every
+job gets a gloo process group of its own. A rank that raises, hangs or dies ends the job with a `RankFailure`
+that says which rank, and where; see `WorkerPool.run`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import faulthandler
+import importlib
+import importlib.util
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import queue
+import re
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+GRACE_SECONDS = 2.0
+"""How long the other ranks may go on after the first one has failed: long enough to fail in their turn."""
+
+_START_SECONDS = 120.0  # the server's imports and the forks; generous, because a loaded machine is no failure
+_LEAVE_SECONDS = 10.0  # to destroy a process group, once the job itself is over on all ranks
+_STACK_SECONDS = 2.0  # for a hanging process to write its stack
+_READY = "ready"  # worker to pool: waiting for a task
+_RELEASE = "release"  # pool to worker: every rank is through the job, the process group may go
+_LOOPBACK = "127.0.0.1"
+
+# Imported by the server before it forks, so that a job does not pay for them on every rank. torch._dynamo
+# because the first optimizer a process makes imports it.
+_PRELOAD = (__name__, "torch._dynamo")
+# The same, but only where this process has them already: then jobs most likely want them too.
+_PRELOAD_IF_IMPORTED = (
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "transformers.models.qwen2_vl.modeling_qwen2_vl",
+    "pytest",
+)
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What became of one rank of a failed job.
+
+    rank: the rank.
+    kind: "raised", "unfinished" (still running when time was up), or "died" (the process ended).
+    detail: the traceback, the Python stack of every thread, or how the process ended.
+    exception: what the rank raised, where it could be sent over; else None.
+    """
+
+    rank: int
+    kind: Literal["raised", "unfinished", "died"]
+    detail: str
+    exception: BaseException | None = None
+
+
+class RankFailure(Exception):
+    """A job did not succeed on all of its ranks.
+
+    function: the dotted name of the job.
+    world: its number of ranks.
+    reports: one `RankReport` for each rank that did not succeed; deaths first, then failures in the order in
+        which they happened, then the ranks that did not finish.
+    """
+
+    def __init__(self, function: str, world: int, reports: Sequence[RankReport]) -> None:
+        self.function = function
+        self.world = world
+        self.reports = tuple(reports)
+        ranks = ", ".join(str(rank) for rank in sorted({report.rank for report in reports}))
+        lines = [f"{function} failed on rank {ranks} of a world of {world}"]
+        lines += [f"\n--- rank {r.rank} of {world} {r.kind} ---\n{r.detail.rstrip()}" for r in reports]
+        super().__init__("\n".join(lines))
+
+
+class WorkerPool:
+    """`size` processes that wait for jobs. They start at the first `run`, and anew after one that broke them.
+
+    size: the largest world a job may have.
+    timeout: seconds a job may take unless its `run` says otherwise.
+
+    One job runs at a time; a pool is not to be shared between threads. What the workers print goes where this
+    process printed when they were first started. Workers live on between jobs, so modules they imported stay
+    imported; torch's random generator is seeded with 0 before each job, and the environment, the working
+    directory and sys.path are set to the caller's.
+    """
+
+    def __init__(self, size: int = 8, timeout: float = 60.0) -> None:
+        if size < 1:
+            raise ValueError(f"a pool needs at least one process, got size={size}")
+        self.size = size
+        self.timeout = timeout
+        self._workers: list[_Worker] = []
+        self._store: dist.TCPStore | None = None
+        self._job_number = 0
+        self._closed = False
+        # Registered after multiprocessing's own exit handler, so it runs before that one, which would wait
+        # for the workers for ever.
+        atexit.register(self.close)
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes. The pool cannot be used afterwards; closing it again does nothing."""
+        self._closed = True
+        self._stop()
+        self._store = None
+        atexit.unregister(self.close)
+
+    def run(
+        self, fn: Callable[..., Result], *args: Any, world: int, timeout: float | None = None, **kwargs: Any
+    ) -> list[Result]:
+        """Call fn(*args, **kwargs) on ranks 0 to world-1 and return what each returned, by rank.
+
+        Each rank finds a default gloo process group of exactly `world` ranks, made for this job alone, and
+        RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in its environment. fn goes over by name, so it must
+        be a module-level function of a module other than `__main__`. Arguments and results are pickled:
+        tensors are copied, never shared.
+
+        timeout: seconds for this job; None for the pool's own.
+
+        Raises ValueError if world does not fit the pool, TypeError if fn or an argument cannot be sent, and
+        RankFailure if
+        - a rank raises. The others get GRACE_SECONDS more; if all have ended by then, the pool lives on.
+        - a rank is still running after `timeout` seconds: the report holds its Python stack, also where it
+          hangs inside a collective.
+        - a rank's process dies: at once, with its exit code or signal, and without the ranks that still run.
+        A rank that hangs or dies costs the pool its processes: they are killed, and the next run starts others.
+        """
+        if self._closed:
+            raise RuntimeError("this WorkerPool is closed")
+        if not 1 <= world <= self.size:
+            raise ValueError(f"world={world} does not fit this pool: it must be from 1 to {self.size}")
+        job = self._describe(fn, args, kwargs)
+        limit = self.timeout if timeout is None else timeout
+        try:
+            self._ensure_started()
+            outcomes, reports = self._execute(job, world, limit)
+        except BaseException:
+            self._stop()  # Ctrl-C included: the ranks are in the middle of a job
+            raise
+        if any(report.kind != "raised" for report in reports):
+            self._stop()
+        if reports:
+            raise RankFailure(job.name, world, reports)
+        return [pickle.loads(outcomes[rank].value) for rank in range(world)]
+
+    def _describe(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Job:
+        module = getattr(fn, "__module__", None)
+        name = f"{module}.{getattr(fn, '__qualname__', repr(fn))}"
+        if module == "__main__":
+            raise TypeError(f"{name}: the workers cannot import a script; move the function to a module")
+        try:
+            call = pickle.dumps((fn, args, kwargs), protocol=pickle.HIGHEST_PROTOCOL)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise TypeError(
+                f"{name} cannot be sent to the workers: a job is a module-level function and its arguments "
+                f"can be pickled ({error})"
+            ) from error
+        self._job_number += 1
+        return _Job(
+            number=self._job_number,
+            name=name,
+            module=module,
+            module_file=getattr(sys.modules.get(module or ""), "__file__", None),
+            call=call,
+            sys_path=tuple(sys.path),
+            directory=os.getcwd(),
+            environment=_worker_environment(),
+        )
+
+    def _ensure_started(self) -> None:
+        if self._workers and all(worker.process.is_alive() for worker in self._workers):
+            return
+        self._stop()  # one that was killed between two jobs takes the others with it
+        if self._store is None:
+            self._store = _listen_on_loopback()
+        context = multiprocessing.get_context("forkserver")
+        preload = [*_PRELOAD, *(name for name in _PRELOAD_IF_IMPORTED if name in sys.modules)]
+        context.set_forkserver_preload(preload)
+        with _main_module_hidden(), _one_openmp_thread():
+            for _ in range(self.size):
+                self._workers.append(_Worker(context, self._store.port))
+        everyone = set(range(self.size))
+        deadline = time.monotonic() + _START_SECONDS
+        while everyone:
+            ready = self._wait_for_any(everyone, deadline)
+            if not ready or any(self._workers[rank].receive() != _READY for rank in ready):
+                raise RuntimeError("the processes of the WorkerPool did not start; their output says why")
+            everyone -= set(ready)
+
+    def _execute(self, job: _Job, world: int, timeout: float) -> tuple[dict[int, _Outcome], list[RankReport]]:
+        """The outcome of each rank that came to one, and a report of each rank that did not succeed."""
+        deadline = time.monotonic() + timeout
+        for rank, worker in enumerate(self._workers[:world]):
+            worker.send(_Task(job, rank, world))
+        outcomes: dict[int, _Outcome] = {}
+        died: list[RankReport] = []
+        pending = set(range(world))
+        patience = f"not done after {timeout:g} s"
+        while pending and not died:
+            ready = self._wait_for_any(pending, deadline)
+            if not ready:
+                break
+            for rank in ready:
+                outcome = self._workers[rank].receive()
+                pending.discard(rank)
+                if outcome is None:
+                    died.append(self._report_death(rank))
+                    continue
+                outcomes[rank] = outcome
+                if outcome.traceback and (end_of_grace := time.monotonic() + GRACE_SECONDS) < deadline:
+                    deadline = end_of_grace
+                    patience = f"not done {GRACE_SECONDS:g} s after the first failure"
+        raised = sorted((o for o in outcomes.values() if o.traceback), key=lambda outcome: outcome.time)
+        reports = died + [outcome.report() for outcome in raised]
+        if died:
+            return outcomes, reports
+        if pending:
+            return outcomes, reports + self._report_unfinished(pending, patience)
+        return outcomes, reports + self._leave_groups(outcomes)
+
+    def _leave_groups(self, outcomes: dict[int, _Outcome]) -> list[RankReport]:
+        """Have all ranks destroy their process groups, and report those that could not."""
+        for rank, outcome in outcomes.items():
+            if not outcome.traceback:
+                self._workers[rank].send(_RELEASE)
+        pending = set(outcomes)
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        while pending:
+            ready = self._wait_for_any(pending, deadline)
+            if not ready:
+                patience = f"done, but not out of its process group after {_LEAVE_SECONDS:g} s"
+                return self._report_unfinished(pending, patience)
+            for rank in ready:
+                if self._workers[rank].receive() is None:
+                    return [self._report_death(rank)]
+                pending.discard(rank)
+        return []
+
+    def _wait_for_any(self, ranks: Collection[int], deadline: float) -> list[int]:
+        """The ranks that have sent something or died, in order; empty when the deadline has passed."""
+        rank_of: dict[Any, int] = {}
+        for rank in ranks:
+            rank_of[self._workers[rank].connection] = rank
+            rank_of[self._workers[rank].process.sentinel] = rank
+        ready = multiprocessing.connection.wait(list(rank_of), max(0.0, deadline - time.monotonic()))
+        return sorted({rank_of[item] for item in ready})
+
+    def _report_death(self, rank: int) -> RankReport:
+        return RankReport(rank, "died", self._workers[rank].describe_death())
+
+    def _report_unfinished(self, ranks: Collection[int], patience: str) -> list[RankReport]:
+        stuck = {rank: self._workers[rank] for rank in sorted(ranks)}
+        for worker in stuck.values():
+            worker.ask_for_stack()
+        deadline = time.monotonic() + _STACK_SECONDS
+        before: list[str] = []
+        while (now := [worker.stack() for worker in stuck.values()]) != before or not all(now):
+            if time.monotonic() > deadline:
+                break
+            before = now
+            time.sleep(0.05)
+        stacks = {rank: worker.stack() or "(it did not answer)" for rank, worker in stuck.items()}
+        return [RankReport(rank, "unfinished", f"{patience}; it was here:\n{stacks[rank]}") for rank in stuck]
+
+    def _stop(self) -> None:
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.process.kill()  # they own nothing that would need a farewell
+        for worker in workers:
+            worker.process.join()
+            worker.discard()
+
+
+_FRAMES_BELOW_JOB = re.compile(rf'\n  File "{re.escape(__file__)}", line \d+ in _perform\n.*', re.DOTALL)
+
+
+class _Worker:
+    """The pool's end of one process."""
+
+    def __init__(self, context: multiprocessing.context.ForkServerContext, store_port: int) -> None:
+        self._stack_folder = tempfile.TemporaryDirectory(prefix="tetrascope-worker-")
+        self._stack_file = Path(self._stack_folder.name, "stack.txt")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, str(self._stack_file), store_port))
+        self.process.start()
+        theirs.close()  # so that the end of the process is the end of the connection
+
+    def send(self, message: _Task | str) -> None:
+        with contextlib.suppress(OSError):  # it is dead, which the next wait reports
+            self.connection.send(message)
+
+    def receive(self) -> Any:
+        """The message that is waiting; None if there is none because the process is dead."""
+        try:
+            return self.connection.recv() if self.connection.poll() else None
+        except (EOFError, OSError):
+            return None
+
+    def ask_for_stack(self) -> None:
+        if self.process.is_alive() and self.process.pid is not None:
+            os.kill(self.process.pid, signal.SIGUSR1)
+
+    def stack(self) -> str:
+        """What the process has written of its stacks, less what is the pool's own: the thread that listens,
+        and the frames below the job."""
+        try:
+            text = self._stack_file.read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+        threads = [thread for thread in text.split("\n\n") if f"in {_listen.__name__}" not in thread]
+        return "\n\n".join(_FRAMES_BELOW_JOB.sub("", thread) for thread in threads).strip()
+
+    def describe_death(self) -> str:
+        self.process.join(_LEAVE_SECONDS)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            how = f"killed by signal {-code} ({signal.Signals(-code).name})"
+        else:
+            how = f"exit code {code}"
+        return f"the process ended: {how}\n{self.stack()}"
+
+    def discard(self) -> None:
+        self.connection.close()
+        self.process.close()
+        self._stack_folder.cleanup()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One `run`, as all of its ranks see it. `call` is the pickled (fn, args, kwargs)."""
+
+    number: int
+    name: str
+    module: str | None
+    module_file: str | None
+    call: bytes
+    sys_path: tuple[str, ...]
+    directory: str
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One rank's part in a job."""
+
+    job: _Job
+    rank: int
+    world: int
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How a rank's task ended.
+
+    time: seconds of the monotonic clock, which all processes share.
+    value: the pickled result; with a traceback, the pickled exception, empty if that cannot be pickled.
+    """
+
+    rank: int
+    time: float
+    value: bytes
+    traceback: str = ""
+
+    def report(self) -> RankReport:
+        exception = None
+        with contextlib.suppress(Exception):  # an exception class may refuse; its traceback is there as text
+            exception = pickle.loads(self.value)
+        return RankReport(self.rank, "raised", self.traceback, exception)
+
+
+def _work(connection: Any, stack_file: str, store_port: int) -> None:
+    """A worker's whole life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pool's process, which kills this one
+    stacks = open(stack_file, "w")  # noqa: SIM115 (open as long as the process lives)
+    faulthandler.enable(stacks)
+    faulthandler.register(signal.SIGUSR1, stacks)
+    torch.set_num_threads(1)
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
+    store = dist.TCPStore(_LOOPBACK, store_port, is_master=False, wait_for_workers=False)
+    connection.send(_READY)
+    while True:
+        outcome = _perform(inbox.get(), store)
+        connection.send(outcome)
+        # A rank that succeeded stays until all have: others may still be reading what it sent. One that
+        # failed goes at once, which makes the others' collectives fail rather than hang.
+        if not outcome.traceback:
+            inbox.get()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        connection.send(_READY)
+
+
+def _listen(connection: Any, inbox: queue.SimpleQueue[Any]) -> None:
+    """Take in what the pool sends; end the process, whatever it is doing, when the pool's process is gone."""
+    try:
+        while True:
+            inbox.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def _perform(task: _Task, store: dist.Store) -> _Outcome:
+    job = task.job
+    try:
+        rank, world = str(task.rank), str(task.world)
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        _set_environment({**job.environment, **ranks})
+        os.chdir(job.directory)
+        sys.path[:] = job.sys_path
+        torch.manual_seed(0)
+        _import_module(job.module, job.module_file)
+        fn, args, kwargs = pickle.loads(job.call)
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore(f"job{job.number}", store), rank=task.rank, world_size=task.world
+        )
+        value = pickle.dumps(fn(*args, **kwargs), protocol=pickle.HIGHEST_PROTOCOL)
+        return _Outcome(task.rank, time.monotonic(), value)
+    except BaseException as error:
+        failed_at = time.monotonic()
+        return _Outcome(task.rank, failed_at, _pickle_exception(error), traceback.format_exc())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _pickle_exception(error: BaseException) -> bytes:
+    try:
+        pickled = pickle.dumps(error)
+        pickle.loads(pickled)
+        return pickled
+    except Exception:
+        return b""
+
+
+def _set_environment(environment: dict[str, str]) -> None:
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+
+
+def _import_module(name: str | None, file: str | None) -> None:
+    """Import the job's module, by its file where its name cannot be imported: pytest's importlib mode names
+    test modules after their place below the root directory, which need not be on sys.path."""
+    if name is None or name in sys.modules:
+        return
+    importlib.invalidate_caches()  # the file may be newer than the last look at its folder
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if file is None or not (name == missing or name.startswith(missing + ".")):
+            raise
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None:
+            raise
+        parts = name.split(".")
+        for end in range(1, len(parts)):  # pickle asks for the packages too
+            package = ".".join(parts[:end])
+            sys.modules.setdefault(package, types.ModuleType(package))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+
+
+def _worker_environment() -> dict[str, str]:
+    """This process's environment, with gloo kept on the loopback interface: a host name may not resolve, and
+    a firewall may stand before the others."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+    if loopback:
+        environment.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
+    return environment
+
+
+def _listen_on_loopback() -> dist.TCPStore:
+    listener = socket.create_server((_LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        _LOOPBACK,
+        port,
+        is_master=True,
+        timeout=datetime.timedelta(seconds=_START_SECONDS),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+@contextlib.contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """multiprocessing runs the main script again in every process it starts, so that objects from it can be
+    unpickled. Jobs are never in the main script, and running pytest or a command again is waste at best."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+@contextlib.contextmanager
+def _one_openmp_thread() -> Iterator[None]:
+    """For the fork server, which must not have started a thread pool when it forks."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before

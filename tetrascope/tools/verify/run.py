@@ -1,0 +1,126 @@
+"""Runs a case in one layout, on every rank, with the engine's own parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tetrascope.engine.build import StageModel, build_optimizer, check_layout
+from tetrascope.engine.config import BatchSection
+from tetrascope.engine.data.collate import Document, collate
+from tetrascope.engine.logical import Shard
+from tetrascope.engine.plan import Planner, SampleInfo
+from tetrascope.engine.source import memory_source
+from tetrascope.engine.step import forward_backward
+from tetrascope.models.family import get_family
+from tetrascope.models.layers.attention import pick_attention
+from tetrascope.parallel.mesh import Layout, Mesh
+from tetrascope.parallel.pipeline.generators import SCHEDULES
+from tetrascope.tools.verify.case import Case, Numbers
+
+
+def planner(case: Case, layout: Layout, micro_batches: int) -> Planner:
+    """The engine's planner over the case's samples."""
+    infos = [SampleInfo(len(d.ids_T), int((d.weights_T[1:] > 0).sum()), d.grids) for d in case.documents]
+    return Planner(infos, 0, layout, BatchSection(samples=case.batch, micro_batches=micro_batches))
+
+
+def global_batches(case: Case) -> list[list[Document]]:
+    """The samples of each step, which no layout changes."""
+    one = planner(case, Layout(), 1)
+    return [[case.documents[i] for i in one.plan(step).samples] for step in range(case.steps)]
+
+
+def run_layout(
+    case: Case, layout: Layout, micro_batches: int, schedule_name: str, attention: str = "auto"
+) -> tuple[list[float], list[Shard], list[Shard]]:
+    """One rank of a layout: losses, its shards of the first step's gradients and of the final weights.
+
+    Every copy is returned, replicated ones too, so that a drift between copies shows.
+    """
+    family = get_family(case.family)
+    check_layout(case.config, layout)
+    mesh = Mesh(layout, "cpu")
+    device = torch.device("cpu")
+    model = StageModel(family, case.config, mesh, "auto", pick_attention(attention)[1], torch.float32)
+    optimizer = build_optimizer(model, case.optimizer, device)
+    model.load(memory_source(case.weights), optimizer)
+    schedule = SCHEDULES[schedule_name](layout.pp, micro_batches)
+    plans = planner(case, layout, micro_batches)
+    losses: list[float] = []
+    gradients: list[Shard] = []
+    for step in range(case.steps):
+        plan = plans.plan(step)
+        total = float(sum(case.documents[i].weights_T[1:].sum() for i in plan.samples))
+        batches = [
+            collate(
+                [case.documents[i] for i in micro.samples],
+                family,
+                case.config,
+                micro.rows,
+                layout.tp,
+                mesh.index("tp"),
+                mesh.first_stage,
+                device,
+            )
+            for micro in plan.micro_batches[mesh.index("dp")]
+        ]
+        optimizer.zero_grad()
+        loss = forward_backward(model, schedule, batches, total)
+        if mesh.index("tp"):
+            loss.zero_()  # the tensor-parallel ranks of the last stage all hold the same loss
+        dist.all_reduce(loss)
+        losses.append(loss.item())
+        norm = optimizer.reduce()
+        if step == 0:
+            gradients = _copies(
+                shard
+                for group in optimizer.groups
+                if group.master.grad is not None
+                for _, shard in model.flat_shards(group, group.master.grad)
+            )
+        optimizer.step(case.optimizer.lr, norm)
+    weights = _copies(
+        shard
+        for group in optimizer.groups
+        for name in group.spans
+        for shard in model.shards(name, 0, model.placed[name].param.data.view(-1))
+    )
+    return losses, gradients, weights
+
+
+def _copies(found: Sequence[Shard] | object) -> list[Shard]:
+    return [Shard(s.name, s.shape, s.offset, s.tensor.detach().clone()) for s in found]  # type: ignore[attr-defined]
+
+
+def compare(
+    parts: Sequence[Shard], expected: dict[str, Tensor], start: dict[str, Tensor] | None = None
+) -> dict[str, float]:
+    """Largest error of each logical tensor, relative to its largest element.
+
+    With `start`, relative to the largest change from it: weights after a few steps differ little from where they
+    began, and only the difference says anything. Every element must be held by somebody; one that nobody holds
+    counts as an infinite error.
+    """
+    errors = dict.fromkeys(expected, 0.0)
+    seen = {
+        name: torch.zeros(tensor.shape[0], tensor[0].numel(), dtype=torch.bool)
+        for name, tensor in expected.items()
+    }
+    for part in parts:
+        whole = expected[part.name].reshape(part.shape)
+        place = tuple(slice(o, o + n) for o, n in zip(part.offset, part.tensor.shape, strict=True))
+        base = whole if start is None else whole - start[part.name].reshape(part.shape)
+        scale = base.abs().max().item() or 1.0
+        error = (part.tensor - whole[place]).abs().max().item() / scale if part.tensor.numel() else 0.0
+        errors[part.name] = max(errors[part.name], error if error == error else float("inf"))
+        seen[part.name].view(part.shape)[place] = True
+    return {name: error if seen[name].all() else float("inf") for name, error in errors.items()}
+
+
+def relative_losses(losses: Sequence[float], expected: Numbers) -> float:
+    """Largest relative error of the losses of all steps."""
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, expected.losses, strict=True))
