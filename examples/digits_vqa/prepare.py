@@ -37,7 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 FORMAT = 1  # raise it when the files written change, so that data made by an older version is made anew
 CELL = 28  # pixels a digit's slot is wide: patch 14 x merge 2, so about one language-model token a digit
-COUNT_SHARES = (0.3, 0.3, 0.2, 0.2)  # of pictures with 1, 2, 3 and 4 digits; short ones teach the digits soonest
+COUNT_SHARES = (0.4, 0.25, 0.2, 0.15)  # of pictures with 1, 2, 3 and 4 digits; short ones teach the digits soonest
 MIN_CELLS = 4  # 4 cells are 56 x 56 px, the default least area of Qwen2-VL's preprocessing: below it, it would enlarge
 TRAIN_SHARE = 0.8  # of each class's digits
 TEXT_ONLY_SHARE = 0.03
@@ -174,28 +174,31 @@ def draw_digit(scan_88: NDArray[np.float32], side: int, degrees: float) -> NDArr
 
 
 def draw_picture(scans: NDArray[np.float32], cell: int, rng: np.random.Generator) -> Image.Image:
-    """An RGB picture of the scans [n, 8, 8] in one row, left to right, dark on a light coloured ground.
+    """An RGB picture of the scans [n, 8, 8] in adjacent cells of one row, left to right, like chalk on a board.
+
+    The board is of a middle tone, since normalisation takes that to about 0: an empty cell then carries little, and
+    most of what a digit's cell carries is its ink.
 
     The canvas is a whole number of cells, give or take 7 % on each side: preprocessing rounds a side to a multiple of
     28 px, and this bounds how much that stretches a digit. Each digit is somewhere inside a cell of its own, so that
-    after that rounding it falls on one language-model token; cells between, beside, above or below may stay empty.
+    after that rounding it falls on one language-model token; cells beside, above or below may stay empty.
     """
     count = len(scans)
     sizes = canvas_cells(count)
     rows, columns = sizes[rng.integers(len(sizes))]
     height, width = (round(cells * cell * rng.uniform(0.93, 1.07)) for cells in (rows, columns))
     slot_height, slot_width = height / rows, width / columns
-    row = rng.integers(rows)
+    row, first = rng.integers(rows), rng.integers(columns - count + 1)
 
     ink = np.zeros((height, width), dtype=np.float32)
-    for column, scan in zip(np.sort(rng.choice(columns, count, replace=False)), scans, strict=True):
+    for column, scan in enumerate(scans, start=first):
         side = int(min(slot_height, slot_width) * rng.uniform(0.82, 1.0))
         x = int(column * slot_width + rng.uniform(0, slot_width - side))
         y = int(row * slot_height + rng.uniform(0, slot_height - side))
         ink[y : y + side, x : x + side] = draw_digit(scan, side, rng.uniform(-8, 8))
 
-    paper, pen = rng.uniform(190, 255, 3), rng.uniform(0, 80, 3)
-    rgb = paper + (pen - paper) * ink[..., None]
+    board, chalk = rng.uniform(80, 150, 3), rng.uniform(230, 255, 3)
+    rgb = board + (chalk - board) * ink[..., None]
     return Image.fromarray(rgb.round().astype(np.uint8), "RGB")
 
 
@@ -228,9 +231,10 @@ def text_only_turns(rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def picture_turns(digits: Sequence[int], rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Two or three questions of different kinds, in random order and wording."""
-    kinds = rng.permutation(len(QUESTIONS))[: rng.integers(2, 4)]
-    questions = [QUESTIONS[kind] for kind in kinds]
+    """Two or three questions of different kinds, reading always among them, in random order and wording."""
+    reading, *others = QUESTIONS
+    chosen = [reading, *(others[i] for i in rng.permutation(len(others))[: rng.integers(1, 3)])]
+    questions = [chosen[i] for i in rng.permutation(len(chosen))]
     return [(q.wordings[rng.integers(len(q.wordings))], q.answer(digits)) for q in questions]
 
 

@@ -108,7 +108,9 @@ class StageModel:
             elif isinstance(rule, Vocab) and isinstance(module, nn.Embedding):
                 module = VocabParallelEmbedding(module, group)
             elif not isinstance(rule, Replicated):
-                raise UserError(f"sharding table: {type(rule).__name__} cannot divide {name}, a {type(module).__name__}")
+                raise UserError(
+                    f"sharding table: {type(rule).__name__} cannot divide {name}, a {type(module).__name__}"
+                )
             self.module.set_submodule(name, module)
             blocks = getattr(module, "blocks", {})
             for key, identity in original.items():
@@ -130,7 +132,6 @@ class StageModel:
             groups.setdefault(key, {})[name] = placed.param
         return [
             GroupSpec(
-                name=f"{'tied' if is_tied else 'replicated' if replicated else 'divided'}-{'decay' if decay else 'no-decay'}",
                 params=params,
                 lr_scale=1.0,
                 weight_decay=weight_decay if decay else 0.0,

@@ -71,9 +71,7 @@ class Planner:
                 f"{layout.dp} data-parallel ranks; use at least {bins}"
             )
         if batch.samples > len(infos):
-            raise UserError(
-                f"batch.samples: {batch.samples} is more than the {len(infos)} samples there are; lower it"
-            )
+            raise UserError(f"batch.samples: {batch.samples} is more than the {len(infos)} samples there are; lower it")
         self._order = lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> np.ndarray:
@@ -104,9 +102,7 @@ class Planner:
             bins[lightest].append(sample)
             loads[lightest] += self._infos[sample].cost
         planned = [MicroBatchPlan(tuple(b), self._rows(b)) for b in bins]
-        return StepPlan(
-            step, samples, tuple(tuple(planned[r * per_rank : (r + 1) * per_rank]) for r in range(ranks))
-        )
+        return StepPlan(step, samples, tuple(tuple(planned[r * per_rank : (r + 1) * per_rank]) for r in range(ranks)))
 
     def _rows(self, samples: Sequence[int]) -> int:
         """Token rows padded to what sequence parallelism divides."""

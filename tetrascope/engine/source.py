@@ -64,7 +64,9 @@ class HuggingFaceFolder:
         elif (folder / "model.safetensors").exists():
             self._where = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         else:
-            raise UserError(f"model.init_from: {folder} has no model.safetensors; give a Hugging Face checkpoint folder")
+            raise UserError(
+                f"model.init_from: {folder} has no model.safetensors; give a Hugging Face checkpoint folder"
+            )
 
     def _open(self, file: str) -> Any:
         if file not in self._files:

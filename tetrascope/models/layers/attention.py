@@ -67,9 +67,7 @@ def sdpa_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, packed: Packed, 
     outputs, start = [], 0
     for count, length in packed.buckets:
         rows_here = slice(start, start + count * length)
-        q, k, v = (
-            x[rows_here].unflatten(0, (count, length)).transpose(1, 2) for x in (q_TND, k_TKD, v_TKD)
-        )
+        q, k, v = (x[rows_here].unflatten(0, (count, length)).transpose(1, 2) for x in (q_TND, k_TKD, v_TKD))
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)

@@ -108,7 +108,9 @@ def complete(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         if field not in filled:
             index = tokenizer.convert_tokens_to_ids(token)
             if index is None or index == tokenizer.unk_token_id:
-                raise UserError(f"data.tokenizer: has no token {token}, which Qwen2-VL needs; add it as a special token")
+                raise UserError(
+                    f"data.tokenizer: has no token {token}, which Qwen2-VL needs; add it as a special token"
+                )
             filled[field] = index
     if isinstance(filled.get("decoder"), dict):
         filled["decoder"] = {"vocab": len(tokenizer), **filled["decoder"]}
@@ -132,7 +134,9 @@ def from_hf(raw: dict[str, Any]) -> Qwen2VLConfig:
             vocab=text.vocab_size,
             rms_eps=text.rms_norm_eps,
             rope_theta=rope["rope_theta"],
-            tied_embeddings=bool(hf.tie_word_embeddings or raw.get("text_config", {}).get("tie_word_embeddings", False)),
+            tied_embeddings=bool(
+                hf.tie_word_embeddings or raw.get("text_config", {}).get("tie_word_embeddings", False)
+            ),
         ),
         vision=Qwen2VLVision(
             width=vision.embed_dim,

@@ -59,7 +59,9 @@ def validate(schedule: Schedule, micro_batches: int) -> None:
     expected = {Action(kind, m) for kind in Kind for m in range(micro_batches)}
     for stage, actions in enumerate(schedule):
         if len(actions) != len(expected) or set(actions) != expected:
-            raise UserError(f"schedule: stage {stage} must forward and backward each of {micro_batches} micro-batches once")
+            raise UserError(
+                f"schedule: stage {stage} must forward and backward each of {micro_batches} micro-batches once"
+            )
     done: set[tuple[int, Action]] = set()
     cursor = [0] * len(schedule)
     moved = True

@@ -42,9 +42,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return grad_TV.to(ctx.dtype), None, None, None  # type: ignore[attr-defined]
 
 
-def vocab_parallel_cross_entropy(
-    logits_TV: Tensor, labels_T: Tensor, first: int, group: dist.ProcessGroup
-) -> Tensor:
+def vocab_parallel_cross_entropy(logits_TV: Tensor, labels_T: Tensor, first: int, group: dist.ProcessGroup) -> Tensor:
     """Cross-entropy per token, fp32 `[T]`, the same on every rank of the group.
 
     logits `[T, V/tp]`: this rank's vocabulary columns, `first` the id of the first of them; labels int64 `[T]`, all

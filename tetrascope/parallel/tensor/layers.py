@@ -72,7 +72,9 @@ class VocabParallelEmbedding(nn.Module):
         self.group = group
         self.rows = share(embedding.num_embeddings, group.size(), group.rank())
         self.weight = _empty(len(self.rows), embedding.embedding_dim, like=embedding.weight)
-        self.blocks = {"weight": row_blocks((embedding.num_embeddings,), (embedding.embedding_dim,), group.size(), group.rank())}
+        self.blocks = {
+            "weight": row_blocks((embedding.num_embeddings,), (embedding.embedding_dim,), group.size(), group.rank())
+        }
 
     def forward(self, ids_T: Tensor) -> Tensor:
         local_T = ids_T - self.rows.start

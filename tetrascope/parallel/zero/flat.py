@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tetrascope.parallel.primitives import all_gather, reduce_scatter
+
 
 @dataclass(frozen=True)
 class GroupSpec:
@@ -20,7 +22,6 @@ class GroupSpec:
     counted: whether this rank's copy counts in the gradient norm (one copy of each parameter must).
     """
 
-    name: str
     params: Mapping[str, nn.Parameter]
     lr_scale: float
     weight_decay: float
@@ -89,7 +90,7 @@ class FlatGroup:
             self.master.grad = self.grads
         else:
             self.master.grad = torch.empty(self.share, dtype=torch.float32, device=self.grads.device)
-            dist.reduce_scatter_tensor(self.master.grad, self.grads, group=self.data)
+            reduce_scatter(self.master.grad, self.grads, self.data)
 
     def publish(self) -> None:
         """Makes the parameters of all ranks equal to the masters."""
@@ -97,7 +98,7 @@ class FlatGroup:
         if self.params.dtype != torch.float32:
             own.copy_(self.master.detach())
         if self.data.size() > 1:
-            dist.all_gather_into_tensor(self.params, own.clone(), group=self.data)
+            all_gather(self.params, own.clone(), self.data)
 
     def load_masters(self) -> None:
         """Makes the masters equal to the parameters, after the parameters were filled from outside."""

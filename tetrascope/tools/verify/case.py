@@ -45,9 +45,7 @@ class Numbers:
     weights: dict[str, Tensor]
 
 
-OPTIMIZER = OptimizerSection(
-    lr=1e-2, min_lr_ratio=1.0, betas=(0.9, 0.95), eps=1e-2, weight_decay=0.1, clip=1.0
-)
+OPTIMIZER = OptimizerSection(lr=1e-2, min_lr_ratio=1.0, betas=(0.9, 0.95), eps=1e-2, weight_decay=0.1, clip=1.0)
 """eps is large on purpose. AdamW divides by |g| + eps: with a tiny eps an element whose gradient is all rounding
 noise moves by a full ±lr in a random direction, and no comparison of weights means anything. With gradients clipped
 to norm 1 and eps 1e-2, an update changes by at most (1 + 1/eps) ≈ 100 times the relative gradient error."""

@@ -158,7 +158,7 @@ class WorkerPool:
         - a rank is still running after `timeout` seconds: the report holds its Python stack, also where it
           hangs inside a collective.
         - a rank's process dies: at once, with its exit code or signal, and without the ranks that still run.
-        A rank that hangs or dies costs the pool its processes: they are killed, and the next run starts others.
+        A rank that hangs or dies costs the pool its processes: they are killed; the next run starts others.
         """
         if self._closed:
             raise RuntimeError("this WorkerPool is closed")

@@ -107,8 +107,7 @@ def compare(
     """
     errors = dict.fromkeys(expected, 0.0)
     seen = {
-        name: torch.zeros(tensor.shape[0], tensor[0].numel(), dtype=torch.bool)
-        for name, tensor in expected.items()
+        name: torch.zeros(tensor.shape[0], tensor[0].numel(), dtype=torch.bool) for name, tensor in expected.items()
     }
     for part in parts:
         whole = expected[part.name].reshape(part.shape)

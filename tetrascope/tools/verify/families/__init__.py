@@ -13,7 +13,5 @@ ORACLES = {"qwen2_vl": "tetrascope.tools.verify.families.qwen2_vl"}
 def get_oracle(family: str) -> Any:
     """The oracle module of a family. Raises UserError when there is none."""
     if family not in ORACLES:
-        raise UserError(
-            f"verify: no oracle for family {family!r}; there is one for: {', '.join(sorted(ORACLES))}"
-        )
+        raise UserError(f"verify: no oracle for family {family!r}; there is one for: {', '.join(sorted(ORACLES))}")
     return importlib.import_module(ORACLES[family])

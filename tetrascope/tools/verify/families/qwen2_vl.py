@@ -63,9 +63,7 @@ def name_on_disk(name: str) -> str:
     return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
 
 
-def make_document(
-    config: Qwen2VLConfig, content: Sequence[int | tuple[int, int, int]], seed: int
-) -> Document:
+def make_document(config: Qwen2VLConfig, content: Sequence[int | tuple[int, int, int]], seed: int) -> Document:
     """A sample of random text and random pixels; two thirds of its text tokens are supervised."""
     rng = np.random.default_rng(seed)
     ids: list[int] = []
@@ -81,9 +79,7 @@ def make_document(
             ids += [VISION_START, *[IMAGE if t == 1 else VIDEO] * count, VISION_END]
             supervised += [False] * (count + 2)
             grids.append(part)
-    patches = rng.standard_normal(
-        (sum(t * h * w for t, h, w in grids), config.vision.patch_width), dtype=np.float32
-    )
+    patches = rng.standard_normal((sum(t * h * w for t, h, w in grids), config.vision.patch_width), dtype=np.float32)
     ids_T = np.array(ids, dtype=np.int64)
     supervised[-1] = True
     return Document(

@@ -1,0 +1,85 @@
+"""The command line: tetrascope train | convert | verify | bench.
+
+Bad input ends with one message on stderr and exit code 2, without a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tetrascope.errors import UserError
+
+app = typer.Typer(
+    help="Train vision-language models under tensor, pipeline, data and context parallelism.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(help="Measure throughput.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration of the run.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it, as section.key=value.", show_default=False)]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")
+    ] = False,
+) -> None:
+    """Train. Starts the ranks the configuration asks for, unless torchrun or the like has started them."""
+    from tetrascope.engine.config import load_config
+    from tetrascope.engine.launch import INTERRUPTED, launch, launched, world_from_environment
+    from tetrascope.engine.setup import prepare
+
+    loaded = load_config(config, overrides)
+    setup = prepare(loaded, world_from_environment())
+    if not launched():
+        flags = ["--resume"] if resume else []
+        raise typer.Exit(launch(["train", str(config), *(overrides or []), *flags], setup.layout.world, loaded))
+    from tetrascope.engine.trainer import train as run
+    from tetrascope.tools.checkpoint_convert.native_to_hf import native_to_hf
+
+    outcome = run(setup, resume)
+    if outcome.interrupted:
+        raise typer.Exit(0 if setup.layout.world > 1 else INTERRUPTED)
+    if loaded.output.export_hf and os.environ["RANK"] == "0":
+        folder = loaded.output.dir / "hf"
+        native_to_hf(outcome.checkpoint, folder, loaded.train.dtype)
+        print(f"exported for transformers: {folder}", file=sys.stderr)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder of a run (checkpoints/step-…).")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="Format to write: hf.")] = "hf",
+    dtype: Annotated[str, typer.Option(help="Type of the written tensors.")] = "float32",
+) -> None:
+    """Convert a checkpoint."""
+    from tetrascope.tools.checkpoint_convert.native_to_hf import native_to_hf
+
+    if to != "hf":
+        raise UserError(f"--to: unknown format {to!r}; this version writes hf")
+    native_to_hf(source, destination, dtype)
+    print(f"wrote {destination}")
+
+
+def main() -> int:
+    """Entry point of the console script. Returns the exit code."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        from tetrascope.engine.launch import report
+
+        report(str(error))
+        return 2
+    return 0

@@ -1,0 +1,164 @@
+"""Native checkpoints: logical tensors in a torch.distributed.checkpoint folder.
+
+A checkpoint is `checkpoints/step-000123/`: the fp32 master weights and optimizer moments, each saved once by the rank
+that owns it with its place in the whole tensor, so that any layout loads what any other saved; and `state.json` with
+the step (which is the data position too) and the configuration. It is written under a temporary name and renamed when
+complete: a folder with a final name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from tetrascope.engine.build import StageModel
+from tetrascope.engine.logical import Shard
+from tetrascope.errors import UserError
+from tetrascope.parallel.zero.optimizer import ZeroAdamW
+
+FORMAT = 1
+STATE_FILE = "state.json"
+
+
+def _chunk(shard: Shard) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size(shard.offset), sizes=shard.tensor.shape)
+
+
+def _index(shard: Shard) -> MetadataIndex:
+    return MetadataIndex(shard.name, torch.Size(shard.offset))
+
+
+class _ShardSavePlanner(DefaultSavePlanner):
+    """Plans the writing of shards; torch's default planner then checks that they cover every tensor exactly once."""
+
+    def __init__(self, shards: list[Shard]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._shards = {_index(shard): shard for shard in shards}
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan(
+            [
+                WriteItem(
+                    index=index,
+                    type=WriteItemType.SHARD,
+                    tensor_data=TensorWriteData(
+                        chunk=_chunk(shard),
+                        properties=TensorProperties.create_from_tensor(shard.tensor),
+                        size=torch.Size(shard.shape),
+                    ),
+                )
+                for index, shard in self._shards.items()
+            ]
+        )
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self._shards[MetadataIndex(index.fqn, index.offset)].tensor.detach()
+
+
+class _ShardLoadPlanner(DefaultLoadPlanner):
+    """Plans the reading of shards from whatever shards were saved."""
+
+    def __init__(self, shards: list[Shard]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._shards = {_index(shard): shard for shard in shards}
+
+    def create_local_plan(self) -> LoadPlan:
+        metadata: Metadata | None = self.metadata
+        if metadata is None:
+            raise UserError("checkpoint: its .metadata file is missing; use another checkpoint")
+        items = []
+        for shard in self._shards.values():
+            saved = metadata.state_dict_metadata.get(shard.name)
+            if not isinstance(saved, TensorStorageMetadata) or tuple(saved.size) != shard.shape:
+                found = f"shape {tuple(saved.size)}" if isinstance(saved, TensorStorageMetadata) else "nothing"
+                raise UserError(
+                    f"checkpoint: expected {shard.name} with shape {shard.shape}, found {found}; "
+                    "the checkpoint belongs to another model configuration"
+                )
+            items += create_read_items_for_chunk_list(shard.name, saved, [_chunk(shard)])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self._shards[MetadataIndex(index.fqn, index.offset)].tensor.detach()
+
+
+def _state_shards(model: StageModel, optimizer: ZeroAdamW, owned_only: bool) -> Iterator[Shard]:
+    """All that a checkpoint holds of this rank: masters under the logical names, moments under prefixed ones."""
+    for group in optimizer.groups:
+        parts = {"": group.master.data}
+        parts.update({f"optimizer.{key}.": tensor for key, tensor in optimizer.state(group).items()})
+        for prefix, flat in parts.items():
+            for name, shard in model.flat_shards(group, flat):
+                if model.owns(name) or not owned_only:
+                    yield replace(shard, name=prefix + shard.name)
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: StageModel, optimizer: ZeroAdamW, description: dict[str, Any]
+) -> Path:
+    """Writes `folder/step-NNNNNN` for `step` steps taken; every rank calls it. Returns its path.
+
+    description: JSON values kept in state.json beside the step (configuration, model).
+    """
+    final = folder / f"step-{step:06d}"
+    temporary = folder / f".{final.name}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    planner = _ShardSavePlanner(list(_state_shards(model, optimizer, owned_only=True)))
+    save({}, storage_writer=FileSystemWriter(temporary), planner=planner)
+    if dist.get_rank() == 0:
+        state = {"format": FORMAT, "step": step, **description}
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    dist.barrier()
+    return final
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder of checkpoints, or None."""
+    found = sorted(path for path in folder.glob("step-*") if (path / STATE_FILE).exists())
+    return found[-1] if found else None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The contents of state.json. Raises UserError when unreadable or of another format."""
+    try:
+        state: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint / STATE_FILE}: cannot be read ({error}); give a checkpoint folder") from error
+    if state.get("format") != FORMAT:
+        raise UserError(f"{checkpoint}: checkpoint format {state.get('format')}, this version reads {FORMAT}")
+    return state
+
+
+def load_checkpoint(checkpoint: Path, model: StageModel, optimizer: ZeroAdamW) -> int:
+    """Loads weights and optimizer state, saved in any layout; every rank calls it. Returns the steps taken."""
+    step = int(read_state(checkpoint)["step"])
+    planner = _ShardLoadPlanner(list(_state_shards(model, optimizer, owned_only=False)))
+    load({}, storage_reader=FileSystemReader(checkpoint), planner=planner)
+    optimizer.set_step(step)
+    for group in optimizer.groups:
+        group.publish()
+    return step

@@ -1,0 +1,266 @@
+"""The training loop of one rank, from the checked configuration to the last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from tetrascope.engine import flops
+from tetrascope.engine.build import StageModel, build_optimizer
+from tetrascope.engine.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from tetrascope.engine.data.collate import MicroBatch
+from tetrascope.engine.data.dataset import Dataset
+from tetrascope.engine.data.loader import Loader, StepData
+from tetrascope.engine.lr import learning_rate
+from tetrascope.engine.metrics import MetricsLog
+from tetrascope.engine.plan import Planner, StepPlan
+from tetrascope.engine.setup import Setup
+from tetrascope.engine.step import forward_backward
+from tetrascope.errors import UserError
+from tetrascope.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What a step did, the same on every rank but for the times. Times in seconds, FLOPs of the whole batch."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    images: int
+    skipped: int
+    vision_flops: float
+    language_flops: float
+    seconds: float
+    data_wait: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its newest checkpoint, and whether it was interrupted before its last step."""
+
+    checkpoint: Path
+    interrupted: bool
+
+
+class Interrupts:
+    """Remembers Ctrl-C and SIGTERM, so that the step at hand can end first."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.seen = True
+
+
+def device_of_rank(choice: str) -> torch.device:
+    """The device that `train.device` means on this rank. Raises UserError when it asks for a GPU there is not."""
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"train.device: local rank {local} has no GPU ({torch.cuda.device_count()} here); start fewer ranks a node "
+            "or set train.device=cpu"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+class Trainer:
+    """One rank of a run. Needs RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment, as torchrun sets them.
+
+    Reads the data set before it makes the process group, so that what is wrong with it ends all ranks alike.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        config = setup.config
+        self.setup, self.config = setup, config
+        torch.set_num_threads(config.train.threads)
+        self.device = device_of_rank(config.train.device)
+        self.dataset = Dataset(config.data, setup.family, setup.model_config, setup.tokenizer)
+        infos = [sample.info for sample in self.dataset.samples]
+        planner = Planner(infos, config.train.seed, setup.layout, config.batch)
+        dist.init_process_group("gloo" if self.device.type == "cpu" else "nccl")
+        self.mesh = Mesh(setup.layout, self.device.type)
+        dtype = getattr(torch, config.train.dtype)
+        self.model = StageModel(
+            setup.family, setup.model_config, self.mesh, config.parallel.split, setup.attention[1], dtype
+        )
+        self.optimizer = build_optimizer(self.model, config.optimizer, self.device)
+        self.loader = Loader(self.dataset, planner, setup.family, setup.model_config, self.mesh, self.device)
+        self.skipped: dict[int, str] = {}
+        self.step_number = 0
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.config.output.dir / "checkpoints"
+
+    def start(self, resume: bool) -> str:
+        """Fills the weights, from the newest checkpoint or from the run's source. Returns a line that says which.
+
+        Raises UserError when there are checkpoints but the run is not meant to go on.
+        """
+        found = latest_checkpoint(self.checkpoints)
+        if found is not None and not resume:
+            raise UserError(
+                f"output.dir: {self.config.output.dir} already holds {found.name}; add --resume to go on from it, "
+                "or choose another output.dir"
+            )
+        if found is None:
+            self.model.load(self.setup.source(), self.optimizer)
+            return f"starting from {self.config.model.init_from or 'random weights'}"
+        self.step_number = load_checkpoint(found, self.model, self.optimizer)
+        return f"going on from {found}, step {self.step_number}"
+
+    def step(self, last: bool) -> StepStats:
+        """Takes one optimizer step; `last`: none will follow, do not prepare one.
+
+        Raises UserError when more images than `data.max_bad_samples` were unreadable, or all of a step's.
+        """
+        began = time.monotonic()
+        data = self.loader.get(self.step_number, last)
+        waited = time.monotonic() - began
+        good = self._drop_bad(data)
+        samples = self.dataset.samples
+        total_weight = float(sum(samples[i].info.supervised for i in good))
+        if total_weight == 0:
+            raise UserError(f"step {self.step_number + 1}: none of its samples could be read; check the images")
+        self.optimizer.zero_grad()
+        loss = forward_backward(self.model, self.setup.schedule, data.batches, total_weight)
+        if self.mesh.index("tp"):
+            loss.zero_()  # the tensor-parallel ranks of the last stage all hold the same loss
+        norm = self.optimizer.reduce()
+        lr = learning_rate(self.config.optimizer, self.step_number, self.config.train.steps)
+        self.optimizer.step(lr, norm)
+        dist.all_reduce(loss)
+        self.step_number += 1
+        return self._stats(data.plan, loss.item(), norm.item(), lr, time.monotonic() - began, waited)
+
+    def _drop_bad(self, data: StepData) -> list[int]:
+        """Agrees with all ranks on the samples that could not be read, takes their weight, returns the others."""
+        plan = data.plan
+        flags = torch.zeros(len(plan.samples), dtype=torch.int32, device=self.device)
+        for sample in data.failures:
+            flags[plan.place(sample)] = 1
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        bad = {plan.samples[i] for i in flags.nonzero().flatten().tolist()}
+        for batch, micro in zip(data.batches, plan.micro_batches[self.mesh.index("dp")], strict=True):
+            for place, sample in enumerate(micro.samples):
+                if sample in bad:
+                    _take_weight(batch, place)
+        for sample in sorted(bad):
+            self.skipped[sample] = data.failures.get(sample, f"sample {self.dataset.samples[sample].name}")
+        if len(self.skipped) > self.config.data.max_bad_samples:
+            raise UserError(
+                f"rank {self.mesh.rank}: {len(self.skipped)} samples could not be read, more than "
+                f"data.max_bad_samples={self.config.data.max_bad_samples}; last: {list(self.skipped.values())[-1]}. "
+                "Repair the images or raise the limit"
+            )
+        return [sample for sample in plan.samples if sample not in bad]
+
+    def _stats(self, plan: StepPlan, loss: float, norm: float, lr: float, seconds: float, waited: float) -> StepStats:
+        infos = [self.dataset.samples[i].info for i in plan.samples]
+        frames = [h * w for info in infos for t, h, w in info.grids for _ in range(t)]
+        config = self.setup.model_config
+        return StepStats(
+            loss=loss,
+            grad_norm=norm,
+            lr=lr,
+            tokens=sum(info.tokens for info in infos),
+            images=sum(len(info.grids) for info in infos),
+            skipped=len(self.skipped),
+            vision_flops=flops.TRAINING * flops.vision_forward(config, frames),
+            language_flops=flops.TRAINING * flops.language_forward(config, [info.tokens for info in infos]),
+            seconds=seconds,
+            data_wait=waited,
+        )
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the steps taken so far."""
+        return save_checkpoint(self.checkpoints, self.step_number, self.model, self.optimizer, self.setup.describe())
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        self.loader.close()
+        dist.destroy_process_group()
+
+
+def _take_weight(batch: MicroBatch, place: int) -> None:
+    """Nothing of a document counts in the loss any more."""
+    offsets = batch.inputs.documents.offsets
+    batch.weights_T[offsets[place] : offsets[place + 1]] = 0
+
+
+def train(setup: Setup, resume: bool) -> Outcome:
+    """Trains to the configured number of steps, or to an interrupt, and leaves a checkpoint behind."""
+    trainer = Trainer(setup)
+    try:
+        return _run(trainer, resume)
+    finally:
+        trainer.close()
+
+
+def _run(trainer: Trainer, resume: bool) -> Outcome:
+    config, setup = trainer.config, trainer.setup
+    interrupts = Interrupts()
+    origin = trainer.start(resume)
+    steps = config.train.steps
+    active = dist.get_rank() == 0
+    checkpoint = latest_checkpoint(trainer.checkpoints)
+    with MetricsLog(config.output.dir, trainer.step_number, steps, active) as log:
+        log.say(
+            f"{setup.family.name} on {setup.layout}, {trainer.device.type}, {config.train.dtype}, "
+            f"attention: {setup.attention[0]}, {len(trainer.dataset)} samples; {origin}"
+        )
+        reported = 0
+        while trainer.step_number < steps:
+            last = trainer.step_number + 1 == steps
+            stats = trainer.step(last)
+            step = trainer.step_number
+            for reason in list(trainer.skipped.values())[reported:]:
+                log.say(f"skipped, {len(trainer.skipped)} in all: {reason}")
+            reported = len(trainer.skipped)
+            if step % config.train.log_every == 0 or last:
+                log.write(step, _log_values(stats))
+            stop = _agree(interrupts.seen, trainer.device)
+            if stop or last or step % config.train.save_every == 0:
+                checkpoint = trainer.save()
+            if stop and not last:
+                log.say(f"interrupted: saved {checkpoint}; add --resume to the same command to go on")
+                return Outcome(checkpoint, interrupted=True)
+        if checkpoint is None:
+            raise UserError(f"train.steps: {steps} leaves nothing to do")
+        log.say(f"done: {checkpoint}")
+    return Outcome(checkpoint, interrupted=False)
+
+
+def _agree(flag: bool, device: torch.device) -> bool:
+    """Whether any rank has the flag: all ranks must stop after the same step."""
+    total = torch.tensor(float(flag), device=device)
+    dist.all_reduce(total, op=dist.ReduceOp.MAX)
+    return bool(total.item())
+
+
+def _log_values(stats: StepStats) -> dict[str, float]:
+    return {
+        "loss": stats.loss,
+        "grad_norm": stats.grad_norm,
+        "lr": stats.lr,
+        "tokens": stats.tokens,
+        "images": stats.images,
+        "skipped_samples": stats.skipped,
+        "tokens_per_second": stats.tokens / stats.seconds,
+        "step_seconds": stats.seconds,
+        "data_wait_seconds": stats.data_wait,
+    }
