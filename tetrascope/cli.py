@@ -73,6 +73,19 @@ def convert(
     print(f"wrote {destination}")
 
 
+@app.command()
+def verify(
+    family: Annotated[str, typer.Argument(help="Model family, such as qwen2_vl.")],
+    layouts: Annotated[str | None, typer.Option(help="Only these, as in tp2,pp2,tp2xpp2.")] = None,
+    world: Annotated[int, typer.Option(help="Most ranks to start.", min=1)] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Prove that every layout computes what one process of the reference computes."""
+    from tetrascope.tools.verify.command import verify as run
+
+    raise typer.Exit(run(family, layouts, world, as_json))
+
+
 def main() -> int:
     """Entry point of the console script. Returns the exit code."""
     try:

@@ -1,15 +1,15 @@
 """Ask an exported checkpoint the held-out questions of the digits example, with transformers alone.
 
-    python examples/digits_vqa/evaluate.py HF_DIR [--data DIR] [--picture FILE.png] [--limit N] [--require SHARE]
+    python examples/digits_vqa/evaluate.py HF_DIR [--data DIR] [--picture PNG] [--limit N] [--require SHARE]
 
-HF_DIR is a Hugging Face Qwen2-VL directory: config.json, weights, tokenizer files, preprocessor_config.json. Nothing
-of the training engine is imported: what is measured is what any user of the exported checkpoint would get.
+HF_DIR is a Hugging Face Qwen2-VL directory: config.json, weights, tokenizer and preprocessor_config.json.
+Nothing of the training engine is imported: what is measured is what any user of the checkpoint would get.
 
-Each question of `--data`/test.jsonl is answered by greedy decoding, in batches padded on the left, and counts as right
-when the answer equals the expected one character for character. Prints a table of exact match per kind of question
-and a line of JSON with the same figures; `--picture` draws a dozen of the questions with their answers.
+Each question of test.jsonl below `--data` is answered by greedy decoding, in batches padded on the left, and
+counts as right when the answer equals the expected one character for character. Prints a table of exact match
+per kind of question and the same figures as a line of JSON; `--picture` draws a dozen answers.
 
-Exit code: 0; 1 when the overall exact match is below `--require`; 2 when an argument or a file cannot be used.
+Exit code: 0; 1 when the overall exact match is below `--require`; 2 when an argument or file is unusable.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class InputError(Exception):
 
 @dataclass(frozen=True)
 class Question:
-    """One line of test.jsonl: `messages` ends before the expected assistant turn, whose text is `expected`."""
+    """One line of test.jsonl: `messages` ends before the assistant turn, whose text is `expected`."""
 
     id: str
     kind: str
@@ -54,7 +54,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One prompt: token ids with every image placeholder expanded, and its images' patches and grids (t, h, w)."""
+    """One prompt: token ids, image placeholders expanded; its images' patches and grids (t, h, w)."""
 
     ids: list[int]
     patches: list[NDArray[np.float32]]
@@ -67,12 +67,13 @@ def message_text(message: dict[str, Any]) -> str:
 
 
 def parse_question(line: str, folder: Path) -> Question:
-    """One JSONL line; image paths are relative to `folder`. Raises KeyError, TypeError or ValueError if malformed."""
+    """One JSONL line, its image paths relative to `folder`. Raises KeyError, TypeError or ValueError."""
     sample = json.loads(line)
     *messages, answer = sample["messages"]
     if answer["role"] != "assistant" or not messages or messages[-1]["role"] != "user":
         raise ValueError("the last two messages must be a user's question and the assistant's answer")
-    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    parts = [part for content in contents for part in content]
     images = [folder / part["image"] for part in parts if part["type"] == "image"]
     kind = sample.get("kind", "question")
     return Question(sample["id"], kind, messages, images, message_text(messages[-1]), message_text(answer))
@@ -99,14 +100,18 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
             if not (folder / name).is_file():
-                raise InputError(f"{folder} has no {name}; expected an exported Hugging Face Qwen2-VL checkpoint")
+                raise InputError(f"{folder} has no {name}; expected an exported Qwen2-VL checkpoint")
         local: dict[str, Any] = {"local_files_only": True}
-        self.model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **local).eval()
+        # from_pretrained leaves the model in evaluation mode.
+        model: Any = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **local)
+        self.model = model
         self.tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder, **local)
         self.image_id = self.model.config.image_token_id
         if self.tokenizer.convert_tokens_to_ids(IMAGE_PAD) != self.image_id:
-            raise InputError(f"{folder}: config.json's image_token_id is {self.image_id}, the tokenizer has another {IMAGE_PAD}")
+            raise InputError(
+                f"{folder}: {IMAGE_PAD} is not token {self.image_id}, config.json's image_token_id"
+            )
 
     def encode(self, question: Question) -> Encoded:
         """The prompt up to and including the assistant's header."""
@@ -119,10 +124,12 @@ class Checkpoint:
             patches.append(features["pixel_values"])
             grids.append(features["image_grid_thw"][0])
 
-        prompt = self.tokenizer.apply_chat_template(question.messages, tokenize=False, add_generation_prompt=True)
-        before, *rest = prompt.split(IMAGE_PAD)
+        prompt = self.tokenizer.apply_chat_template(
+            question.messages, tokenize=False, add_generation_prompt=True
+        )
+        before, *rest = str(prompt).split(IMAGE_PAD)
         if len(rest) != len(grids):
-            raise InputError(f"{question.id}: the chat template made {len(rest)} placeholders of {len(grids)} images")
+            raise InputError(f"{question.id}: {len(rest)} {IMAGE_PAD} in the prompt for {len(grids)} images")
         merged = self.processor.merge_size**2
         for grid, after in zip(grids, rest, strict=True):
             before += IMAGE_PAD * (int(grid.prod()) // merged) + after
@@ -132,7 +139,7 @@ class Checkpoint:
     def generate(self, prompts: Sequence[Encoded], max_new_tokens: int) -> list[str]:
         """Greedy answers to a batch of prompts, special tokens left out.
 
-        Left padding is exact: the mask hides the padding, and transformers numbers positions (M-RoPE) from each
+        Left padding is exact: the mask hides it, and transformers numbers positions (M-RoPE) from each
         prompt's first real token.
         """
         longest = max(len(prompt.ids) for prompt in prompts)
@@ -147,9 +154,10 @@ class Checkpoint:
             "mm_token_type_ids": (ids_BT == self.image_id).int(),  # 0 text, 1 image
         }
         patches = [image for prompt in prompts for image in prompt.patches]
+        grids = [grid for prompt in prompts for grid in prompt.grids]
         if patches:
             inputs["pixel_values"] = torch.from_numpy(np.concatenate(patches)).float()
-            inputs["image_grid_thw"] = torch.from_numpy(np.stack([g for prompt in prompts for g in prompt.grids]))
+            inputs["image_grid_thw"] = torch.from_numpy(np.stack(grids))
         out_BT = self.model.generate(
             **inputs,
             do_sample=False,
@@ -162,7 +170,7 @@ class Checkpoint:
 
     def answers(self, questions: Sequence[Question], batch: int, console: Console) -> list[str]:
         """The answer to every question, in order."""
-        # Room for the longest expected answer, its end mark, and a few tokens more that show a run-on as wrong.
+        # Room for the longest expected answer, its end mark, and a few tokens that show a run-on as one.
         longest = max(len(self.tokenizer(question.expected)["input_ids"]) for question in questions) + 4
         starts = range(0, len(questions), batch)
         found: list[str] = []
@@ -215,7 +223,7 @@ def pick_pictured(questions: Sequence[Question]) -> list[int]:
 
 
 def draw_mark(draw: ImageDraw.ImageDraw, x: int, y: int, right: bool) -> None:
-    """A green tick or a red cross, 18 px, its upper left corner at (x, y): drawn, for fonts may lack the signs."""
+    """A green tick or a red cross of 18 px with its upper left corner at (x, y); fonts may lack the signs."""
     if right:
         draw.line([(x, y + 9), (x + 7, y + 16), (x + 18, y + 1)], fill=(22, 130, 60), width=4, joint="curve")
     else:
@@ -224,7 +232,7 @@ def draw_mark(draw: ImageDraw.ImageDraw, x: int, y: int, right: bool) -> None:
 
 
 def draw_card(question: Question, answer: str) -> Image.Image:
-    """One question as a card: its picture enlarged, the question, the model's answer, and the right one if it errs."""
+    """A question's picture, enlarged, its text, the model's answer, and the right one where that is wrong."""
     width, height, room = 330, 246, (306, 130)
     right = answer == question.expected
     card = Image.new("RGB", (width, height), "white")
@@ -271,7 +279,7 @@ def evaluate(options: argparse.Namespace, console: Console) -> float:
     overall = scores["overall"]
     console.print(score_table(scores))
     if options.picture is not None:
-        title = f"{overall['right']:.0f} of {overall['count']:.0f} held-out questions right; a sample of them:"
+        title = f"{overall['right']:.0f} of {overall['count']:.0f} held-out questions right, for example:"
         options.picture.parent.mkdir(parents=True, exist_ok=True)
         draw_montage(questions, answers, title).save(options.picture, format="PNG")
         console.print(f"picture: {options.picture}", highlight=False, soft_wrap=True)
@@ -298,11 +306,11 @@ def share_option(text: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Ask an exported checkpoint the held-out questions.")
     parser.add_argument("checkpoint", type=Path, metavar="HF_DIR", help="exported Hugging Face checkpoint")
-    parser.add_argument("--data", type=Path, default=Path("runs/digits_vqa/data"), help="what prepare.py made")
+    parser.add_argument("--data", type=Path, default=Path("runs/digits_vqa/data"), help="data of prepare.py")
     parser.add_argument("--picture", type=Path, help="PNG file to draw a dozen answers into")
     parser.add_argument("--limit", type=count_option, help="ask only the first N questions")
     parser.add_argument("--batch", type=count_option, default=50, help="questions answered at once")
-    parser.add_argument("--require", type=share_option, default=0.0, help="least overall exact match for exit code 0")
+    parser.add_argument("--require", type=share_option, default=0.0, help="least exact match for exit code 0")
     options = parser.parse_args(arguments)
     try:
         overall = evaluate(options, Console())

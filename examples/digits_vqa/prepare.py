@@ -1,18 +1,18 @@
-"""Make the data set and the tokenizer of the digits example: pictures of handwritten digits and questions on them.
+"""Make the data set and the tokenizer of the digits example: pictures of digits and questions on them.
 
     python examples/digits_vqa/prepare.py [--out DIR] [--train N] [--test N] [--seed S]
 
-The digits are the 1,797 real 8x8 scans that ship inside scikit-learn, so nothing is downloaded. They are split into
-two disjoint pools, one for training and one held out; each picture shows 1 to 4 digits of one pool in a row, on a
-canvas whose size and aspect ratio vary. What is written under `--out`:
+The digits are the 1,797 handwritten 8x8 scans that ship inside scikit-learn, so nothing is downloaded. They
+are split into two disjoint pools, one for training and one held out; each picture shows 1 to 4 digits of one
+pool in a row, on a canvas whose size and aspect ratio vary. What is written under `--out`:
 
-    train.jsonl   one conversation a line, in the messages form of OpenAI and Hugging Face; 2 or 3 questions on
-                  one picture, and a small share with no picture at all
-    test.jsonl    one question a line, with its "kind"; every picture of the held-out pool is asked about once per kind
-    images/       PNG files; the paths in the JSONL files are relative to those files
-    tokenizer/    a byte-level BPE tokenizer with Qwen2-VL's special tokens and a ChatML chat template, for AutoTokenizer
-    sources.json  which scikit-learn digits each picture shows, to show that none is in both splits
-    settings.json what it was made with; a second run with the same settings finds it and does nothing
+    train.jsonl    a conversation a line, in the messages form of OpenAI and Hugging Face: 2 or 3 questions on
+                   one picture; a small share have no picture at all
+    test.jsonl     one question a line, with its "kind"; each held-out picture is asked about once per kind
+    images/        PNG files; the paths in the JSONL files are relative to those files
+    tokenizer/     a byte-level BPE tokenizer with Qwen2-VL's special tokens and a ChatML chat template
+    sources.json   which scikit-learn digits each picture shows, to show that none is in both splits
+    settings.json  what it was made with; a second run with the same settings finds it and does nothing
 
 All is drawn from `--seed`: the same settings give the same files.
 """
@@ -37,8 +37,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 FORMAT = 1  # raise it when the files written change, so that data made by an older version is made anew
 CELL = 28  # pixels a digit's slot is wide: patch 14 x merge 2, so about one language-model token a digit
-COUNT_SHARES = (0.4, 0.25, 0.2, 0.15)  # of pictures with 1, 2, 3 and 4 digits; short ones teach the digits soonest
-MIN_CELLS = 4  # 4 cells are 56 x 56 px, the default least area of Qwen2-VL's preprocessing: below it, it would enlarge
+COUNT_SHARES = (0.4, 0.25, 0.2, 0.15)  # of pictures with 1, 2, 3 and 4 digits
+# 4 cells are 56 x 56 px, the least area of Qwen2-VL's preprocessing, which enlarges smaller pictures.
+MIN_CELLS = 4
 TRAIN_SHARE = 0.8  # of each class's digits
 TEXT_ONLY_SHARE = 0.03
 VOCAB_SIZE = 512
@@ -87,7 +88,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Question:
-    """One kind of question on a picture: its wordings and the answer as a function of the digits, left to right."""
+    """One kind of question on a picture: its wordings, and the answer as a function of the digits."""
 
     kind: str
     wordings: tuple[str, ...]
@@ -113,7 +114,7 @@ QUESTIONS = (
 class Settings:
     """What decides the content of the data set; written as settings.json.
 
-    train: training conversations. test: held-out pictures (times one question per kind). seed: of every choice.
+    train: training conversations. test: held-out pictures, one question a kind each. seed: of all choices.
     cell: pixels a digit's slot is wide.
     """
 
@@ -126,14 +127,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Digits:
-    """scikit-learn's handwritten digits: `scans_N88` float32 in 0 (paper) to 1 (ink), `labels_N` int64 in 0..9."""
+    """scikit-learn's handwritten digits: `scans_N88` float32, 0 paper to 1 ink; `labels_N` int64, 0 to 9."""
 
     scans_N88: NDArray[np.float32]
     labels_N: NDArray[np.int64]
 
 
 def load_scans() -> Digits:
-    """The 1,797 digits of `sklearn.datasets.load_digits` (UCI optical recognition of handwritten digits, test part)."""
+    """The 1,797 digits of `sklearn.datasets.load_digits` (the test part of UCI's Optdigits)."""
     from sklearn.datasets import load_digits  # here, for it takes a second and re-runs end before it
 
     data = load_digits()
@@ -166,7 +167,7 @@ def draw_digit(scan_88: NDArray[np.float32], side: int, degrees: float) -> NDArr
     scale, angle = 8 / side, np.deg2rad(degrees)
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
     half = side / 2
-    # One blank pixel around the scan, so that the resampling fades to paper instead of cutting the ink off.
+    # One blank pixel around the scan, so that the resampling fades out instead of cutting the ink off.
     source = Image.fromarray(np.pad(scan_88, 1))
     affine = (cos, sin, 5 - half * (cos + sin), -sin, cos, 5 - half * (cos - sin))
     enlarged = source.transform((side, side), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
@@ -174,21 +175,22 @@ def draw_digit(scan_88: NDArray[np.float32], side: int, degrees: float) -> NDArr
 
 
 def draw_picture(scans: NDArray[np.float32], cell: int, rng: np.random.Generator) -> Image.Image:
-    """An RGB picture of the scans [n, 8, 8] in adjacent cells of one row, left to right, like chalk on a board.
+    """An RGB picture of the scans [n, 8, 8] in adjacent cells of a row, left to right, like chalk on a board.
 
-    The board is of a middle tone, since normalisation takes that to about 0: an empty cell then carries little, and
-    most of what a digit's cell carries is its ink.
+    The board is of a middle tone, since normalisation takes that to about 0: an empty cell then carries
+    little, and most of what a digit's cell carries is its ink.
 
-    The canvas is a whole number of cells, give or take 7 % on each side: preprocessing rounds a side to a multiple of
-    28 px, and this bounds how much that stretches a digit. Each digit is somewhere inside a cell of its own, so that
-    after that rounding it falls on one language-model token; cells beside, above or below may stay empty.
+    The canvas is a whole number of cells, give or take 7 % on each side: preprocessing rounds a side to a
+    multiple of 28 px, and this bounds how much that stretches a digit. Each digit is somewhere inside a cell
+    of its own, so that after that rounding it falls on one language-model token; cells beside, above or below
+    the digits may stay empty.
     """
     count = len(scans)
     sizes = canvas_cells(count)
     rows, columns = sizes[rng.integers(len(sizes))]
     height, width = (round(cells * cell * rng.uniform(0.93, 1.07)) for cells in (rows, columns))
     slot_height, slot_width = height / rows, width / columns
-    row, first = rng.integers(rows), rng.integers(columns - count + 1)
+    row, first = int(rng.integers(rows)), int(rng.integers(columns - count + 1))
 
     ink = np.zeros((height, width), dtype=np.float32)
     for column, scan in enumerate(scans, start=first):
@@ -280,7 +282,7 @@ def train_samples(
 def test_samples(
     painter: Painter, count: int, rng: np.random.Generator, sources: dict[str, list[int]]
 ) -> Iterator[dict[str, Any]]:
-    """One sample per held-out picture and kind of question; `sources` gains the scans of each picture drawn."""
+    """One sample per held-out picture and kind; `sources` gains the scans of each picture drawn."""
     for number in range(1, count + 1):
         drawn = painter.draw(number, rng)
         sources[drawn.image] = drawn.sources
@@ -294,7 +296,7 @@ def test_samples(
 
 
 def tokenizer_corpus() -> list[str]:
-    """Every question of the example, the chat roles and the system prompt: what the merges are learned from."""
+    """All questions of the example, the chat roles and the system prompt: what merges are learned from."""
     rng = np.random.default_rng(0)
     wordings = [wording for question in QUESTIONS for wording in question.wordings]
     text_only = [question for _ in range(100) for question, _ in text_only_turns(rng)]
@@ -304,8 +306,8 @@ def tokenizer_corpus() -> list[str]:
 def write_tokenizer(folder: Path) -> None:
     """A byte-level BPE tokenizer of at most VOCAB_SIZE tokens, special ones included, in Hugging Face form.
 
-    Any text can be encoded and decodes to itself. A digit is always a token of its own and never takes a space along,
-    so "3 1 4" is 5 tokens.
+    Any text can be encoded and decodes to itself. A digit is always a token of its own and never takes a
+    space along, so "3 1 4" is 5 tokens.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -325,7 +327,8 @@ def write_tokenizer(folder: Path) -> None:
     )
     tokenizer.train_from_iterator(tokenizer_corpus(), trainer)
     # After the training: as in Qwen2, special tokens take the ids behind the ordinary ones.
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    special = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    tokenizer.add_special_tokens(special)
 
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -390,7 +393,7 @@ def prepare(out: Path, settings: Settings, console: Console) -> bool:
     if is_complete(out, settings):
         return False
     if out.exists() and not (out / "settings.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is no data set of this script; remove it or give another --out")
+        raise FileExistsError(f"{out} is no data set of this script; remove it or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     partial.mkdir()
@@ -430,8 +433,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"argument --out: {error}")
     questions = options.test * len(QUESTIONS)
     console.print(
-        f"{'wrote' if made else 'found, nothing to do:'} {options.out}: {options.train} training conversations, "
-        f"{options.test} held-out pictures with {questions} questions",
+        f"{'wrote' if made else 'found, nothing to do:'} {options.out}: {options.train} training "
+        f"conversations, {options.test} held-out pictures with {questions} questions",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,8 +1,8 @@
 """The digits example: what prepare.py writes, and evaluate.py end to end on a tiny checkpoint.
 
-The tiny checkpoint has random weights, so its accuracy says nothing; what can be checked is that the prompt is what
-Qwen2-VL expects (its own processor cannot be built without torchvision), that a batch is answered as one by one, and
-that the figures and the exit code follow from the answers.
+The tiny checkpoint has random weights, so its accuracy says nothing; what can be checked is that the prompt
+is what Qwen2-VL expects (its own processor cannot be built without torchvision), that a batch is answered as
+one by one, and that the figures and the exit code follow from the answers.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def tokenizer(data: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def checkpoint(data: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2-VL directory as an export leaves it: random weights, wide enough apart that the picture matters."""
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in prepare_token_names()}
+    """A Qwen2-VL directory as an export leaves it; random weights, so large that the picture matters."""
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names}
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": 512,
@@ -86,10 +87,6 @@ def checkpoint(data: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFact
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil().save_pretrained(folder)
     return folder
-
-
-def prepare_token_names() -> list[str]:
-    return ["image_pad", "video_pad", "vision_start", "vision_end"]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -151,17 +148,19 @@ def test_answers_match_the_scans(data: Path) -> None:
     sources = json.loads((data / "sources.json").read_text(encoding="utf-8"))
     for sample in read_jsonl(data / "test.jsonl"):
         digits = [int(labels[index]) for index in sources[images_of(sample)[0]]]
-        expected = {"read": " ".join(map(str, digits)), "count": str(len(digits)), "largest": str(max(digits))}
+        reading = " ".join(map(str, digits))
+        expected = {"read": reading, "count": str(len(digits)), "largest": str(max(digits))}
         assert sample["messages"][-1]["content"][0]["text"] == expected[sample["kind"]]
 
 
 def test_digits_are_drawn_left_to_right_and_upright() -> None:
-    """Two scans made to be told apart: ink only in the top left quarter, then ink only in the bottom right one."""
+    """Two scans to be told apart: ink only in the top left quarter, then ink only in the bottom right one."""
     scans = np.zeros((2, 8, 8), dtype=np.float32)
     scans[0, :4, :4] = scans[1, 4:, 4:] = 1
     for seed in range(20):
-        picture = np.asarray(prepare.draw_picture(scans, 28, np.random.default_rng(seed)).convert("L"), np.float32)
-        ink = picture - picture.min() > 60
+        picture = prepare.draw_picture(scans, 28, np.random.default_rng(seed)).convert("L")
+        grey = np.asarray(picture, np.float32)
+        ink = grey - np.median(grey) > 50
         rows, columns = np.nonzero(ink)
         left = columns < columns.mean()
         assert rows[left].mean() < rows[~left].mean()
@@ -231,7 +230,10 @@ def test_special_tokens_and_digits_are_single_tokens(tokenizer: Any) -> None:
 
 def test_chat_template_writes_chatml(tokenizer: Any) -> None:
     messages = [
-        {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "How many?"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "How many?"}],
+        },
         {"role": "assistant", "content": [{"type": "text", "text": "3"}]},
         {"role": "user", "content": "And now?"},
     ]
@@ -248,7 +250,8 @@ def test_chat_template_writes_chatml(tokenizer: Any) -> None:
     rendered = tokenizer.apply_chat_template(with_system, tokenize=False)
     assert rendered == "<|im_start|>system\nBe brief.<|im_end|>\n" + turns
     video = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]
-    assert "<|vision_start|><|video_pad|><|vision_end|>" in tokenizer.apply_chat_template(video, tokenize=False)
+    rendered = tokenizer.apply_chat_template(video, tokenize=False)
+    assert rendered.endswith("user\n<|vision_start|><|video_pad|><|vision_end|><|im_end|>\n")
 
 
 def test_prompt_has_one_placeholder_per_merged_patch(data: Path, checkpoint: Path) -> None:
@@ -271,6 +274,27 @@ def test_a_batch_is_answered_as_one_by_one(data: Path, checkpoint: Path) -> None
     single = [loaded.generate([prompt], 8)[0] for prompt in prompts]
     assert loaded.generate(prompts, 8) == single
     assert len(set(single)) > 3  # else the comparison could not see a mix-up
+
+
+def test_image_tokens_get_their_row_and_column_as_positions(data: Path, checkpoint: Path) -> None:
+    """M-RoPE positions by hand: without the token types, transformers would silently number the image as text."""
+    loaded = evaluate.Checkpoint(checkpoint)
+    prompts = [loaded.encode(question) for question in evaluate.read_questions(data / "test.jsonl", None)]
+    seen: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["position_ids"])
+
+    loaded.model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
+    loaded.generate(prompts, 1)
+    for prompt, found_3T in zip(prompts, seen[0][-3:].unbind(1), strict=True):
+        (grid,) = prompt.grids
+        rows, columns = grid[1] // 2, grid[2] // 2
+        start = prompt.ids.index(loaded.image_id)
+        image = [[start] * (rows * columns), *(np.indices((rows, columns)).reshape(2, -1) + start).tolist()]
+        after = np.arange(len(prompt.ids) - start - rows * columns) + start + max(rows, columns)
+        expected = [[*range(start), *axis, *after.tolist()] for axis in image]
+        assert found_3T[:, -len(prompt.ids) :].tolist() == expected
 
 
 def test_evaluate_reports_draws_and_judges(
@@ -311,7 +335,9 @@ def test_missing_input_is_named(
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_malformed_line_is_named(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_line_is_named(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "test.jsonl").write_text('{"id": "a", "messages": []}\n', encoding="utf-8")
     assert evaluate.main([str(checkpoint), "--data", str(tmp_path)]) == 2
     assert "line 1" in capsys.readouterr().err

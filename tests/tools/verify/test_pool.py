@@ -123,6 +123,7 @@ def test_every_rank_takes_part_and_results_come_by_rank(pool: WorkerPool, world:
 def test_ranks_see_their_place_and_the_callers_surroundings(
     pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pool.run(nothing, world=3)  # they start elsewhere
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("POOL_TEST", "set by the caller")
     for rank, seen in enumerate(pool.run(describe_surroundings, world=3)):

@@ -30,14 +30,12 @@ import re
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -313,12 +311,13 @@ class _Worker:
     """The pool's end of one process."""
 
     def __init__(self, context: multiprocessing.context.ForkServerContext, store_port: int) -> None:
-        self._stack_folder = tempfile.TemporaryDirectory(prefix="tetrascope-worker-")
-        self._stack_file = Path(self._stack_folder.name, "stack.txt")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, str(self._stack_file), store_port))
+        self.connection, their_connection = context.Pipe()
+        self._stacks, their_stacks = context.Pipe(duplex=False)
+        self._stack_text = b""
+        self.process = context.Process(target=_work, args=(their_connection, their_stacks, store_port))
         self.process.start()
-        theirs.close()  # so that the end of the process is the end of the connection
+        their_connection.close()  # so that the end of the process is the end of the connection
+        their_stacks.close()
 
     def send(self, message: _Task | str) -> None:
         with contextlib.suppress(OSError):  # it is dead, which the next wait reports
@@ -338,10 +337,12 @@ class _Worker:
     def stack(self) -> str:
         """What the process has written of its stacks, less what is the pool's own: the thread that listens,
         and the frames below the job."""
-        try:
-            text = self._stack_file.read_text(errors="replace")
-        except FileNotFoundError:
-            return ""
+        while self._stacks.poll():
+            part = os.read(self._stacks.fileno(), 1 << 16)
+            if not part:  # it is dead, and this was all
+                break
+            self._stack_text += part
+        text = self._stack_text.decode(errors="replace")
         threads = [thread for thread in text.split("\n\n") if f"in {_listen.__name__}" not in thread]
         return "\n\n".join(_FRAMES_BELOW_JOB.sub("", thread) for thread in threads).strip()
 
@@ -356,8 +357,8 @@ class _Worker:
 
     def discard(self) -> None:
         self.connection.close()
+        self._stacks.close()
         self.process.close()
-        self._stack_folder.cleanup()
 
 
 @dataclass(frozen=True)
@@ -403,10 +404,10 @@ class _Outcome:
         return RankReport(self.rank, "raised", self.traceback, exception)
 
 
-def _work(connection: Any, stack_file: str, store_port: int) -> None:
+def _work(connection: Any, stacks: Any, store_port: int) -> None:
     """A worker's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pool's process, which kills this one
-    stacks = open(stack_file, "w")  # noqa: SIM115 (open as long as the process lives)
+    # These write from the signal handler itself, so they do even where no Python code gets to run.
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR1, stacks)
     torch.set_num_threads(1)

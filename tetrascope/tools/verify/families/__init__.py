@@ -1,4 +1,4 @@
-"""Oracles by family name: each module has `make_case(seed)` and `reference(case, batches)`."""
+"""Oracles by family name: each module has `variants()`, its cases by name, and `reference(case, batches)`."""
 
 from __future__ import annotations
 

@@ -29,6 +29,9 @@ CONTENTS: tuple[tuple[int | tuple[int, int, int], ...], ...] = (
 )
 """Samples of one global batch: numbers of text tokens and grids (t, h, w), an image or, with t > 1, a video."""
 
+UNSUPERVISED = 6
+"""The sample with nothing to learn from: where it is a micro-batch of its own, its loss and gradients are zero."""
+
 
 def tiny_config(tied: bool = False) -> Qwen2VLConfig:
     """Five layers, two query heads for each key/value head, a vocabulary that does not divide by two."""
@@ -63,8 +66,10 @@ def name_on_disk(name: str) -> str:
     return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
 
 
-def make_document(config: Qwen2VLConfig, content: Sequence[int | tuple[int, int, int]], seed: int) -> Document:
-    """A sample of random text and random pixels; two thirds of its text tokens are supervised."""
+def make_document(
+    config: Qwen2VLConfig, content: Sequence[int | tuple[int, int, int]], seed: int, supervise: bool = True
+) -> Document:
+    """A sample of random text and random pixels; two thirds of its text tokens are supervised, or none."""
     rng = np.random.default_rng(seed)
     ids: list[int] = []
     supervised: list[bool] = []
@@ -81,11 +86,11 @@ def make_document(config: Qwen2VLConfig, content: Sequence[int | tuple[int, int,
             grids.append(part)
     patches = rng.standard_normal((sum(t * h * w for t, h, w in grids), config.vision.patch_width), dtype=np.float32)
     ids_T = np.array(ids, dtype=np.int64)
-    supervised[-1] = True
+    supervised[-1] = True  # at least one, however short the text
     return Document(
         ids_T=ids_T,
         positions_3T=FAMILY.positions(config, ids_T, grids),
-        weights_T=np.array(supervised, dtype=np.float32),
+        weights_T=np.array(supervised, dtype=np.float32) * supervise,
         grids=tuple(grids),
         patches=patches,
     )
@@ -103,8 +108,16 @@ def make_case(seed: int = 0, tied: bool = False, steps: int = 3) -> Case:
             elif param.ndim == 1:
                 param.add_(torch.randn_like(param) * 0.1)  # biases and norms away from zero and one
     weights = {name_on_disk(n): p.detach().clone() for n, p in model.named_parameters()}
-    documents = tuple(make_document(config, c, seed + i) for i, c in enumerate(CONTENTS * 2))
+    documents = tuple(
+        make_document(config, content, seed + i, supervise=i % len(CONTENTS) != UNSUPERVISED)
+        for i, content in enumerate(CONTENTS * 2)
+    )
     return Case("qwen2_vl", config, weights, documents, len(CONTENTS), steps, OPTIMIZER)
+
+
+def variants() -> dict[str, Case]:
+    """The cases of the certificate: an output head of its own, as in 7B and 72B, and a tied one, as in 2B."""
+    return {"untied": make_case(), "tied": make_case(tied=True)}
 
 
 def loss_sum(model: Any, document: Document) -> Tensor:

@@ -1,0 +1,49 @@
+"""Every layout computes what one process of transformers computes.
+
+The oracle shares no code with the engine: transformers' own model, its own positions, one sample at a time without
+packing, torch's own clip and AdamW. A loss divided by the wrong count shows in the loss; a gradient that was averaged
+instead of summed, summed twice or not at all over any axis shows as a factor in the gradients of the tensors it
+concerns; a norm that counts a replicated or tied tensor more than once changes the clipping and shows in the weights;
+so does an optimizer share that is updated with another's moments. Bounds and their reasons: certificate.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from tetrascope.tools.verify.case import Case, Numbers
+from tetrascope.tools.verify.certificate import Verdict, verify_row
+from tetrascope.tools.verify.families import get_oracle
+from tetrascope.tools.verify.layouts import ROWS, Row
+from tetrascope.tools.verify.pool import WorkerPool
+from tetrascope.tools.verify.run import global_batches
+
+
+@functools.cache
+def _reference(name: str) -> tuple[Case, Numbers]:
+    oracle: Any = get_oracle("qwen2_vl")
+    case: Case = oracle.variants()[name]
+    return case, oracle.reference(case, global_batches(case))
+
+
+def _verify(pool: WorkerPool, name: str, row: Row) -> Verdict:
+    case, expected = _reference(name)
+    return verify_row(pool, name, case, expected, row)
+
+
+@pytest.mark.parametrize("name", ["untied", "tied"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.layout}-m{row.micro_batches}-{row.schedule}")
+def test_layout_equals_one_process(pool: WorkerPool, name: str, row: Row) -> None:
+    verdict = _verify(pool, name, row)
+    assert verdict.passed, verdict
+
+
+def test_gradients_are_large_enough_to_compare() -> None:
+    """No tensor's gradient is so small that its error could not be seen against the rounding of others."""
+    for name in ("untied", "tied"):
+        _, expected = _reference(name)
+        sizes = {tensor: grad.abs().max().item() for tensor, grad in expected.gradients.items()}
+        assert min(sizes.values()) > 1e-4 * max(sizes.values()), min(sizes, key=sizes.__getitem__)
