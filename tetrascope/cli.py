@@ -86,6 +86,22 @@ def verify(
     raise typer.Exit(run(family, layouts, world, as_json))
 
 
+@bench_app.command("train")
+def bench_train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    warmup: Annotated[int, typer.Option(help="Steps before the timed ones.", min=0)] = 3,
+    steps: Annotated[int, typer.Option(help="Timed steps.", min=1)] = 10,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Append a JSON line to it.", show_default="bench.jsonl in output.dir")
+    ] = None,
+) -> None:
+    """Measure training: tokens/s, step times, MFU, memory. Checkpoints are neither read nor written."""
+    from tetrascope.tools.bench.command import bench_train as run
+
+    raise typer.Exit(run(config, overrides or [], warmup, steps, json_file))
+
+
 def main() -> int:
     """Entry point of the console script. Returns the exit code."""
     try:

@@ -2,8 +2,9 @@
 
 The counter sees every matrix product that runs and knows its shape; the formulas know shapes only. They may be asked
 to agree exactly because the attention kernel here computes the attended pairs and no others, one query row at a time
-(the real kernels also compute masked pairs, or recompute scores, which is no work of the model). No two widths of the
-model are equal and no term is negligible in integers, so that a wrong or missing term shows.
+(the real kernels also compute masked pairs, or recompute scores, which is no work of the model). Widths that may
+differ do, as do the numbers of layers, so that one taken for another shows, and whole numbers leave no tolerance for a
+missing term to hide in.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class Problem:
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
 def problem(request: pytest.FixtureRequest) -> Iterator[Problem]:
     config = tiny_config(tied=request.param)
-    config = replace(config, decoder=replace(config.decoder, layers=3))
+    # As it is, the vision MLP would be as wide as a merged block, and the encoder as the decoder's keys.
+    vision = replace(config.vision, width=40, mlp_ratio=3, layers=2)
+    config = replace(config, vision=vision, decoder=replace(config.decoder, layers=3))
     torch.manual_seed(0)
     model = FAMILY.build(config, Stage(range(3), first=True, last=True), attended_pairs)
     samples = [make_document(config, content, seed) for seed, content in enumerate(CONTENTS)]

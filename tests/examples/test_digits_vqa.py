@@ -277,7 +277,7 @@ def test_a_batch_is_answered_as_one_by_one(data: Path, checkpoint: Path) -> None
 
 
 def test_image_tokens_get_their_row_and_column_as_positions(data: Path, checkpoint: Path) -> None:
-    """M-RoPE positions by hand: without the token types, transformers would silently number the image as text."""
+    """M-RoPE by hand: without the token types, transformers would silently number the image as text."""
     loaded = evaluate.Checkpoint(checkpoint)
     prompts = [loaded.encode(question) for question in evaluate.read_questions(data / "test.jsonl", None)]
     seen: list[torch.Tensor] = []

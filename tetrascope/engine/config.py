@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -13,9 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 from tetrascope.errors import UserError
 from tetrascope.parallel.mesh import Layout
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""Decay rate of a moving average."""
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -85,7 +88,7 @@ class OptimizerSection(_Section):
     lr: PositiveFloat
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     warmup_steps: NonNegativeInt = 0
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(0.0, ge=0)
     clip: PositiveFloat | None = 1.0
@@ -95,7 +98,7 @@ class TrainSection(_Section):
     """How long and where. threads: CPU threads a rank. save_every, log_every: in steps."""
 
     steps: PositiveInt
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: PositiveInt = 1
@@ -135,7 +138,9 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     Raises UserError for a missing or unreadable file, an unknown key (naming the nearest), or a wrong type.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path of the configuration") from error
     except yaml.YAMLError as error:
@@ -156,6 +161,21 @@ def validated(target: Any, raw: Any, where: str) -> Any:
         raise UserError(f"{where}: " + "; ".join(lines)) from error
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that comes twice is an error; plain YAML would drop the first one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} comes twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     parts = key.split(".")
@@ -167,14 +187,15 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise UserError(f"override {override!r}: {part!r} is a value, not a section")
     try:
-        place[parts[-1]] = yaml.safe_load(value)
+        place[parts[-1]] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: {value!r} is not valid YAML") from error
 
 
 def _explain(target: Any, problem: Any) -> str:
     """One validation error as field, expectation and remedy."""
-    location = [str(part) for part in problem["loc"]]
+    # Where a value may be of several types, pydantic adds the type it tried, such as "literal['auto']".
+    location = [str(part) for part in problem["loc"] if "[" not in str(part)]
     field = ".".join(location)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _fields(target, location[:-1])

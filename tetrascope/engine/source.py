@@ -60,7 +60,10 @@ class HuggingFaceFolder:
         self._files: dict[str, Any] = {}
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            self._where: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            try:
+                self._where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{index}: holds no weight_map ({error!r}); copy it again") from error
         elif (folder / "model.safetensors").exists():
             self._where = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         else:

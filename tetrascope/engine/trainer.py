@@ -78,9 +78,10 @@ def device_of_rank(choice: str) -> torch.device:
 
 
 class Trainer:
-    """One rank of a run. Needs RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment, as torchrun sets them.
+    """One rank of a run.
 
-    Reads the data set before it makes the process group, so that what is wrong with it ends all ranks alike.
+    Uses the default process group when there is one; otherwise makes it, from RANK, WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT in the environment, as torchrun sets them. Reads the data set before it makes the process group, so that what is wrong with it ends all ranks alike.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -91,7 +92,9 @@ class Trainer:
         self.dataset = Dataset(config.data, setup.family, setup.model_config, setup.tokenizer)
         infos = [sample.info for sample in self.dataset.samples]
         planner = Planner(infos, config.train.seed, setup.layout, config.batch)
-        dist.init_process_group("gloo" if self.device.type == "cpu" else "nccl")
+        self._made_group = not dist.is_initialized()
+        if self._made_group:
+            dist.init_process_group("gloo" if self.device.type == "cpu" else "nccl")
         self.mesh = Mesh(setup.layout, self.device.type)
         dtype = getattr(torch, config.train.dtype)
         self.model = StageModel(
@@ -191,9 +194,10 @@ class Trainer:
         return save_checkpoint(self.checkpoints, self.step_number, self.model, self.optimizer, self.setup.describe())
 
     def close(self) -> None:
-        """Leaves the process group."""
+        """Stops preparing data and leaves the process group, unless the caller made it."""
         self.loader.close()
-        dist.destroy_process_group()
+        if self._made_group:
+            dist.destroy_process_group()
 
 
 def _take_weight(batch: MicroBatch, place: int) -> None:

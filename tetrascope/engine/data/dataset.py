@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tetrascope.engine.config import DataSection
 from tetrascope.engine.plan import SampleInfo
 from tetrascope.errors import UserError
 from tetrascope.models.family import Chat, Family, ImageProcessor
+
+BROKEN = (OSError, ValueError, SyntaxError)
+"""What Pillow raises for files it cannot read; SyntaxError for some broken PNGs."""
 
 
 class BadImage(Exception):
@@ -70,17 +73,22 @@ class Dataset:
 
     def _read(self, path: Path) -> list[Sample]:
         try:
-            lines = path.read_text().splitlines()
+            # Not splitlines: JSON strings may hold other line separators, such as U+2028.
+            lines = path.read_text(encoding="utf-8").split("\n")
         except OSError as error:
             raise UserError(f"data.train: {path} cannot be read ({error.strerror}); check the path") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"data.train: {path} is not UTF-8 ({error}); save it as UTF-8") from error
         samples = []
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                samples.append(self._sample(json.loads(line), f"line {number}", path.parent))
+                raw = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{path}:{number}: not valid JSON ({error}); expected one sample a line") from error
+            try:
+                samples.append(self._sample(raw, f"line {number}", path.parent))
             except UserError as error:
                 raise UserError(f"{path}:{number}: {error}") from error
         if not samples:
@@ -91,13 +99,17 @@ class Dataset:
         if not isinstance(raw, dict) or not isinstance(raw.get("messages"), list):
             raise UserError('expected an object with a list "messages"')
         name = str(raw.get("id", fallback))
-        images = tuple(
-            folder / str(part.get("image", ""))
+        paths = [
+            part.get("image")
             for message in raw["messages"]
             if isinstance(message, dict) and isinstance(message.get("content"), list)
             for part in message["content"]
             if isinstance(part, dict) and part.get("type") == "image"
-        )
+        ]
+        wrong = [path for path in paths if not isinstance(path, str) or not path]
+        if wrong:
+            raise UserError(f'sample {name}: "image" is {wrong[0]!r}; expected the path of a file')
+        images = tuple(folder / str(path) for path in paths)
         try:
             grids = tuple(self._processor.grid(*self._size(image)) for image in images)
             merge = self._config.vision.merge
@@ -123,7 +135,7 @@ class Dataset:
                     self._sizes[path] = image.size
             except FileNotFoundError as error:
                 raise UserError(f"image {path} does not exist; fix the path or remove the sample") from error
-            except (OSError, UnidentifiedImageError) as error:
+            except (*BROKEN, Image.DecompressionBombError) as error:
                 raise UserError(f"image {path} is not readable ({error}); replace it or remove the sample") from error
         return self._sizes[path]
 
@@ -135,7 +147,7 @@ class Dataset:
             try:
                 with Image.open(path) as image:
                     rows = self._processor.patches(image.convert("RGB"))
-            except (OSError, ValueError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNGs
+            except BROKEN as error:
                 raise BadImage(f"sample {sample.name}: image {path}: {error}") from error
             if len(rows) != np.prod(grid):
                 raise BadImage(f"sample {sample.name}: image {path} changed size since training began")

@@ -18,11 +18,18 @@ class ChatML:
     """Qwen2-VL's chat format.
 
     Supervised are the assistant's words and the end-of-turn token that closes them; not the role headers, not the
-    newline after a turn, not what system and user say, not visual tokens.
+    newline after a turn, not what system and user say, not visual tokens with their start and end.
     """
 
     def __init__(self, config: Qwen2VLConfig, tokenizer: Any) -> None:
         self.image_token_id = config.image_token_id
+        # An image inside an assistant turn comes from the environment: its borders are nothing to learn either.
+        self._visual = (
+            config.image_token_id,
+            config.video_token_id,
+            config.vision_start_token_id,
+            config.vision_end_token_id,
+        )
         self.tokenizer = tokenizer
 
     def encode(self, messages: Sequence[dict[str, Any]], visual_tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +49,7 @@ class ChatML:
         pads = ids == self.image_token_id
         if int(pads.sum()) != len(visual_tokens):
             raise UserError(f"conversation has {int(pads.sum())} image places but {len(visual_tokens)} images")
-        supervised &= ~pads
+        supervised &= ~np.isin(ids, self._visual)
         if not supervised.any():
             raise UserError("conversation has no assistant text to learn from")
         repeats = np.ones(len(ids), dtype=np.int64)
@@ -53,6 +60,9 @@ class ChatML:
 def render(messages: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
     """The conversation as ChatML text, and the character ranges that are supervised."""
     text, spans = "", []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise UserError(f"message {message!r} must be an object with role and content")
     if not messages or messages[0].get("role") != "system":
         text += f"<|im_start|>system\n{DEFAULT_SYSTEM}<|im_end|>\n"
     for message in messages:

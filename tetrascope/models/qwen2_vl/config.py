@@ -70,6 +70,10 @@ class Qwen2VLConfig:
 
     def __post_init__(self) -> None:
         d, v = self.decoder, self.vision
+        for section, shape in (("decoder", d), ("vision", v)):
+            for field, value in vars(shape).items():
+                if not isinstance(value, bool) and value <= 0:
+                    raise UserError(f"model.config.{section}.{field}: {value} must be greater than 0")
         if d.hidden % d.heads or d.head_dim % 2:
             raise UserError(f"model.config.decoder: hidden {d.hidden} must be an even multiple of heads {d.heads}")
         if d.heads % d.kv_heads:
@@ -79,7 +83,7 @@ class Qwen2VLConfig:
                 f"model.config.vision: width {v.width} must be a multiple of 4 x heads {v.heads}: "
                 "2D rotary positions need head widths that are multiples of 4"
             )
-        if sum(self.mrope_section) * 2 != d.head_dim:
+        if sum(self.mrope_section) * 2 != d.head_dim or min(self.mrope_section) < 0:
             raise UserError(
                 f"model.config.mrope_section: {list(self.mrope_section)} must sum to half the head width, "
                 f"{d.head_dim // 2}"
@@ -118,12 +122,22 @@ def complete(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def from_hf(raw: dict[str, Any]) -> Qwen2VLConfig:
-    """From the contents of config.json, in the flat (4.x) or the nested (5.x) form; transformers reads both."""
+    """From the contents of config.json, in the flat (4.x) or the nested (5.x) form; transformers reads both.
+
+    Raises UserError for another model's configuration and for options that would change what the model computes.
+    """
     from transformers import Qwen2VLConfig as HFConfig
 
+    if raw.get("model_type") != "qwen2_vl":
+        raise UserError(f"config.json: model_type is {raw.get('model_type')!r}; the family qwen2_vl needs 'qwen2_vl'")
     hf = HFConfig.from_dict(raw)
-    text, vision = hf.text_config, hf.vision_config
+    text: Any = hf.text_config
+    vision: Any = hf.vision_config
     rope = text.rope_parameters
+    if rope.get("rope_type") not in ("default", "mrope") or "mrope_section" not in rope:
+        raise UserError(f"config.json: rope parameters {rope} must be of type default or mrope, with an mrope_section")
+    if text.use_sliding_window:
+        raise UserError("config.json: use_sliding_window is true; only full attention is available, set it to false")
     return Qwen2VLConfig(
         decoder=Qwen2VLDecoder(
             hidden=text.hidden_size,

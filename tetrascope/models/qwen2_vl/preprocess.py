@@ -28,10 +28,10 @@ class Qwen2VLImages:
         self._min, self._max = min_pixels, max_pixels
 
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
-        """(1, patch rows, patch columns). Raises UserError for an aspect ratio above 200."""
+        """(1, patch rows, patch columns). Raises UserError for an aspect ratio above 200 and for no pixels at all."""
         try:
             h, w = self._smart_resize(height, width, factor=self._factor, min_pixels=self._min, max_pixels=self._max)
-        except ValueError as error:
+        except (ValueError, ZeroDivisionError) as error:
             raise UserError(f"image of {width}x{height} pixels: {error}") from error
         return 1, h // self._patch, w // self._patch
 

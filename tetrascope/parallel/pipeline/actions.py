@@ -45,13 +45,13 @@ def from_text(text: str) -> Schedule:
 
 
 def _action(word: str) -> Action:
-    if word[:1] not in ("F", "B") or not word[1:].isdigit():
+    if word[:1] not in ("F", "B") or not (word.isascii() and word[1:].isdigit()):
         raise UserError(f"schedule: {word!r} is no action; expected F or B and a micro-batch number, as in F0")
     return Action(Kind(word[0]), int(word[1:]))
 
 
 def validate(schedule: Schedule, micro_batches: int) -> None:
-    """Raises UserError unless every stage does every action once and all can run to the end.
+    """Raises UserError unless every stage does every action once, in an order that fits its neighbours', to the end.
 
     Runs the schedule with buffered sends and blocking receives, as the executor does: a forward waits for the stage
     before it, a backward for the stage after it and for its own forward.
@@ -62,6 +62,15 @@ def validate(schedule: Schedule, micro_batches: int) -> None:
             raise UserError(
                 f"schedule: stage {stage} must forward and backward each of {micro_batches} micro-batches once"
             )
+    for kind in Kind:
+        # Transfers carry no names: the n-th send must be what the neighbour's n-th receive is for.
+        orders = [[a.micro_batch for a in actions if a.kind is kind] for actions in schedule]
+        for stage, order in enumerate(orders):
+            if order != orders[0]:
+                raise UserError(
+                    f"schedule: stages 0 and {stage} do the {kind.name.lower()}s of the micro-batches in different "
+                    f"orders, {orders[0]} and {order}; all stages must keep to one"
+                )
     done: set[tuple[int, Action]] = set()
     cursor = [0] * len(schedule)
     moved = True

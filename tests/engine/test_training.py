@@ -1,0 +1,112 @@
+"""The trainer in one process and in several: same losses, exact resume, unreadable images.
+
+The oracle of these tests is the trainer itself on one rank, which the parity tests compare with transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.engine.train_jobs import run_steps
+from tests.tiny import write_config
+from tetrascope.tools.verify.pool import RankFailure, WorkerPool
+
+CONTEXT = "fp32 sums in another order: a few unit roundoffs (6e-8) of a loss of size 5, grown over six steps"
+RELATIVE = 1e-5
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_config(tmp_path)
+
+
+def _losses(stats: list[dict[str, float]]) -> list[float]:
+    return [s["loss"] for s in stats]
+
+
+def test_layout_does_not_change_the_losses(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
+    one = run_in(pool, config, tmp_path / "one", [], 1)
+    four = run_in(pool, config, tmp_path / "four", ["parallel.tp=2", "parallel.pp=2"], 4)
+    data = run_in(pool, config, tmp_path / "data", ["parallel.dp=2", "parallel.pp=2", "batch.micro_batches=3"], 4)
+    assert _losses(one)[-1] < _losses(one)[0] - 0.3, "nothing was learned, so nothing was compared"
+    assert _losses(four) == pytest.approx(_losses(one), rel=RELATIVE), CONTEXT
+    assert _losses(data) == pytest.approx(_losses(one), rel=RELATIVE), CONTEXT
+    assert [s["grad_norm"] for s in four] == pytest.approx([s["grad_norm"] for s in one], rel=1e-4)
+    assert {s["tokens"] for s in four} == {s["tokens"] for s in one}
+
+
+def run_in(
+    pool: WorkerPool, config: Path, out: Path, overrides: list[str], world: int, stop: int = 6, resume: bool = False
+) -> list[dict[str, float]]:
+    """Runs steps in a layout; all ranks must report the same but for times. Returns rank 0's report."""
+    ranks = pool.run(run_steps, config, [*overrides, f"output.dir={out}"], stop, resume, world=world)
+    for rank in ranks:
+        assert _losses(rank) == _losses(ranks[0])
+    return ranks[0]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["parallel.tp=2", "parallel.pp=2"], ["parallel.dp=4"], []],
+    ids=["same layout", "other layout", "one rank"],
+)
+def test_resume_goes_on_as_if_nothing_had_happened(
+    pool: WorkerPool, config: Path, tmp_path: Path, overrides: list[str]
+) -> None:
+    """Three steps, a checkpoint, three more, in the same layout or another, against six without a break."""
+    whole = run_in(pool, config, tmp_path / "whole", ["parallel.tp=2", "parallel.pp=2"], 4)
+    run_in(pool, config, tmp_path / "cut", ["parallel.tp=2", "parallel.pp=2"], 4, stop=3)
+    world = 4 if overrides else 1
+    rest = run_in(pool, config, tmp_path / "cut", [*overrides, "batch.micro_batches=2"], world, resume=True)
+    assert len(rest) == 3
+    if overrides == ["parallel.tp=2", "parallel.pp=2"]:
+        assert _losses(rest) == _losses(whole)[3:], "the same layout must go on bit for bit"
+    assert _losses(rest) == pytest.approx(_losses(whole)[3:], rel=RELATIVE), CONTEXT
+
+
+def test_a_finished_folder_is_not_overwritten(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
+    run_in(pool, config, tmp_path / "run", [], 1, stop=1)
+    with pytest.raises(RankFailure, match="already holds step-000001; add --resume"):
+        run_in(pool, config, tmp_path / "run", [], 1, stop=1)
+
+
+def _truncate(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-2000])  # the header stays whole
+
+
+def test_unreadable_image_is_skipped_on_all_ranks(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
+    """Its sample has no weight, wherever it is decoded; the others' loss is divided by what is left.
+
+    The oracle: the same run in another layout, where another rank decodes it in another micro-batch.
+    """
+    clean = run_in(pool, config, tmp_path / "clean", [], 1, stop=3)
+    _truncate(tmp_path, "7.png")
+    one = run_in(pool, config, tmp_path / "one", [], 1, stop=3)
+    split = run_in(pool, config, tmp_path / "split", ["parallel.dp=2", "parallel.pp=2"], 4, stop=3)
+    assert [s["skipped"] for s in one][-1] == 1, "three steps of eight see all 24 samples"
+    assert "s7" in str(one[-1]["skipped_names"])
+    assert _losses(split) == pytest.approx(_losses(one), rel=RELATIVE)
+    assert _losses(one) != pytest.approx(_losses(clean), rel=1e-4)
+
+
+def test_too_many_unreadable_images_stop_the_run(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
+    _truncate(tmp_path, "7.png")
+    _truncate(tmp_path, "9.png")
+    with pytest.raises(RankFailure, match=r"more than data.max_bad_samples=1"):
+        run_in(pool, config, tmp_path / "run", ["data.max_bad_samples=1", "parallel.pp=2"], 2, stop=3)
+
+
+def test_bfloat16_follows_float32(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
+    """bf16 keeps 8 bits: losses agree to about 2⁻⁸ of their size, and master weights keep learning from small steps.
+
+    With masters in bf16 an update below 2⁻⁹ of a weight would be lost; lr is chosen so that most are.
+    """
+    options = ["optimizer.lr=1e-3", "parallel.tp=2", "parallel.dp=2"]
+    exact = run_in(pool, config, tmp_path / "fp32", options, 4)
+    half = run_in(pool, config, tmp_path / "bf16", [*options, "train.dtype=bfloat16"], 4)
+    assert _losses(half) == pytest.approx(_losses(exact), rel=2**-7)
+    fall = _losses(exact)[0] - _losses(exact)[-1]
+    assert _losses(half)[0] - _losses(half)[-1] == pytest.approx(fall, rel=0.25)

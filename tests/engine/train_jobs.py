@@ -1,0 +1,27 @@
+"""What the ranks of the training tests do, by name."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tetrascope.engine.checkpoint import latest_checkpoint
+from tetrascope.engine.config import load_config
+from tetrascope.engine.setup import prepare
+from tetrascope.engine.trainer import Trainer
+
+
+def run_steps(config: Path, overrides: list[str], stop_after: int, resume: bool) -> list[dict[str, Any]]:
+    """Steps up to number `stop_after`, then a checkpoint; returns what each step reported."""
+    setup = prepare(load_config(config, overrides), int(os.environ["WORLD_SIZE"]))
+    trainer = Trainer(setup)
+    trainer.start(resume)
+    stats = []
+    while trainer.step_number < stop_after:
+        stats.append(asdict(trainer.step(last=trainer.step_number + 1 == stop_after)))
+    trainer.save()
+    trainer.close()
+    found = latest_checkpoint(trainer.checkpoints)
+    return [{**s, "checkpoint": str(found), "skipped_names": sorted(trainer.skipped.values())} for s in stats]
