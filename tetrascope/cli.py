@@ -31,9 +31,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it, as s
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
 ) -> None:
     """Train. Starts the ranks the configuration asks for, unless torchrun or the like has started them."""
     from tetrascope.engine.config import load_config

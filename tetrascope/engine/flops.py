@@ -54,20 +54,16 @@ def training_flops(
     packed micro-batch its gradient is computed along with theirs.
     """
     patches, tokens = sum(frames), sum(documents)
-    reached = vision_trained or language_trained  # whether gradients flow through the decoder at all
     vision_linears = _encoder_linears(config, patches) + _adaptor(config, patches)
     vision = (
         _patch_embedding(config, patches) * (1 + vision_trained)
         + vision_linears * (1 + 2 * vision_trained)
         + _vision_attention(config, frames) * (1 + 2 * vision_trained)
     )
-    layers = config.decoder.layers
-    language_linears = layers * _layer_linears(config, tokens) + head_forward(config, tokens)
-    language = (
-        language_linears * (1 + language_trained + reached)
-        + layers * _layer_attention(config, documents) * (1 + 2 * reached)
-    )
-    return vision, language
+    reached = vision_trained or language_trained  # whether gradients flow through the decoder at all
+    linears = config.decoder.layers * _layer_linears(config, tokens) + head_forward(config, tokens)
+    attention = config.decoder.layers * _layer_attention(config, documents)
+    return vision, linears * (1 + language_trained + reached) + attention * (1 + 2 * reached)
 
 
 TRAINING = 3.0

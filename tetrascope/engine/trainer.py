@@ -81,7 +81,8 @@ class Trainer:
     """One rank of a run.
 
     Uses the default process group when there is one; otherwise makes it, from RANK, WORLD_SIZE, MASTER_ADDR and
-    MASTER_PORT in the environment, as torchrun sets them. Reads the data set before it makes the process group, so that what is wrong with it ends all ranks alike.
+    MASTER_PORT in the environment, as torchrun sets them. Reads the data set before it makes the process group, so
+    that what is wrong with it ends all ranks alike.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -240,9 +241,9 @@ def _run(trainer: Trainer, resume: bool) -> Outcome:
             stop = _agree(interrupts.seen, trainer.device)
             if stop or last or step % config.train.save_every == 0:
                 checkpoint = trainer.save()
-            if stop and not last:
-                log.say(f"interrupted: saved {checkpoint}; add --resume to the same command to go on")
-                return Outcome(checkpoint, interrupted=True)
+                if stop and not last:
+                    log.say(f"interrupted: saved {checkpoint}; add --resume to the same command to go on")
+                    return Outcome(checkpoint, interrupted=True)
         if checkpoint is None:
             raise UserError(f"train.steps: {steps} leaves nothing to do")
         log.say(f"done: {checkpoint}")

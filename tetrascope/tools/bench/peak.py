@@ -17,7 +17,7 @@ import torch.distributed as dist
 SIDE = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the matrices: large enough for the full rate, small enough to end soon on a shared core."""
 
-WINDOW_SECONDS = 1.0
+WINDOW_SECONDS = 0.5
 WINDOWS = 3
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,10 +111,13 @@ def record(report: Report, setup: Setup, path: Path, overrides: list[str], devic
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself: the GPU's name, or the processor's."""
+    """What the device calls itself: the GPU's name, or the processor's and its vector instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return torch.backends.cpu.get_cpu_capability() + " " + (platform.processor() or platform.machine())
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):  # Linux keeps the full name here
+        name = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[0]
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def table(report: Report, setup: Setup) -> Table:
@@ -130,9 +135,7 @@ def table(report: Report, setup: Setup) -> Table:
     out.add_row("vision", _flops(report.vision_flops_per_second))
     out.add_row("language", _flops(report.language_flops_per_second))
     out.add_row("together", _flops(report.flops_per_second))
-    out.add_row(
-        f"{setup.config.train.dtype} matrix products, all ranks at once", _flops(report.peak_flops_per_second)
-    )
+    out.add_row(f"{setup.config.train.dtype} matrix products, all ranks at once", _flops(report.peak_flops_per_second))
     out.add_row("MFU", f"{report.mfu:.1%}")
     out.add_section()
     memory = report.memory_by_rank

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -92,8 +92,8 @@ def run_layout(
     return losses, gradients, weights
 
 
-def _copies(found: Sequence[Shard] | object) -> list[Shard]:
-    return [Shard(s.name, s.shape, s.offset, s.tensor.detach().clone()) for s in found]  # type: ignore[attr-defined]
+def _copies(found: Iterable[Shard]) -> list[Shard]:
+    return [Shard(s.name, s.shape, s.offset, s.tensor.detach().clone()) for s in found]
 
 
 def compare(

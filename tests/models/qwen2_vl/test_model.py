@@ -1,0 +1,194 @@
+"""Qwen2-VL gives the logits that transformers' model gives.
+
+The oracle is transformers' Qwen2VLForConditionalGeneration with the same weights, one sample at a time, unpacked and
+unpadded, eager attention, fp32; it shares no code with this package, and computes positions for itself unless a test
+passes some. Its matrices are scaled by 6: with default-initialised ones attention is flat, and a position rule that is
+wrong moves the logits by less than bf16 noise (see `test_the_oracle_would_notice_wrong_positions`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tetrascope.engine.data.collate import Document, collate
+from tetrascope.models.family import Stage
+from tetrascope.models.inputs import Inputs
+from tetrascope.models.layers.attention import KERNELS, sdpa_attention
+from tetrascope.models.layers.packed import Packed
+from tetrascope.models.qwen2_vl import FAMILY
+from tetrascope.models.qwen2_vl.vision import axial_tables
+from tetrascope.tools.verify.case import Case
+from tetrascope.tools.verify.families.qwen2_vl import CONTENTS, forward, make_case, name_on_disk, oracle
+
+# Of the largest logit. Both sides sum the same products in fp32 in different orders, through five layers: 2.3e-6 is
+# the largest measured, 20 units of fp32's roundoff. A wrong position moves logits by a tenth of the largest and more.
+BOUND = 1e-5
+
+VIDEO_SAMPLE = 3
+"""The first sample with a video; its frames outnumber its merged rows and columns."""
+
+KINDS = {"image": 0, "text": 1, "two images": 2, "video": VIDEO_SAMPLE, "image and video": 6}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Transformers' model and the case whose weights it has."""
+
+    theirs: Any
+    case: Case
+
+    @property
+    def documents(self) -> tuple[Document, ...]:
+        return self.case.documents[: len(CONTENTS)]
+
+    def ours(self, stage: Stage | None = None, attention: str = "sdpa") -> Any:
+        """Our model, or a stage of it, with the case's weights: Hugging Face tensors stacked as weights.py says."""
+        config = self.case.config
+        stage = stage or Stage(range(config.decoder.layers), first=True, last=True)
+        model = FAMILY.build(config, stage, KERNELS[attention])
+        pieces = FAMILY.weights(config)
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                param.copy_(torch.cat([self.case.weights[p.name].reshape(p.matrix) for p in pieces[name]]))
+        return model
+
+    def inputs(self, documents: tuple[Document, ...], pad: int = 0) -> Inputs:
+        rows = sum(len(d.ids_T) for d in documents) + pad
+        return collate(documents, FAMILY, self.case.config, rows, 1, 0, True, torch.device("cpu")).inputs
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    case = make_case(tied=request.param == "tied")
+    theirs = oracle(case.config)
+    with torch.no_grad():
+        for name, param in theirs.named_parameters():
+            param.copy_(case.weights[name_on_disk(name)])
+    return Pair(theirs, case)
+
+
+def assert_same_logits(ours_TV: Tensor, theirs_TV: Tensor) -> None:
+    assert ours_TV.shape == theirs_TV.shape
+    assert (ours_TV - theirs_TV).abs().max() <= BOUND * theirs_TV.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_one_sample(pair: Pair, kind: str) -> None:
+    document = pair.documents[KINDS[kind]]
+    assert_same_logits(pair.ours()(pair.inputs((document,))), forward(pair.theirs, document))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", KERNELS)
+@pytest.mark.parametrize("pad", [0, 3])
+def test_one_packed_forward_gives_the_logits_of_every_sample(pair: Pair, attention: str, pad: int) -> None:
+    logits = pair.ours(attention=attention)(pair.inputs(pair.documents, pad))
+    parts = logits.split([*(len(d.ids_T) for d in pair.documents), *([pad] if pad else [])])
+    for part, document in zip(parts, pair.documents, strict=False):
+        assert_same_logits(part, forward(pair.theirs, document))
+
+
+@torch.no_grad()
+def test_logits_by_the_rule_of_the_paper(pair: Pair) -> None:
+    # The oracle has the other rule built in, so it is given the positions: what remains to compare is how they enter.
+    config = dataclasses.replace(pair.case.config, position_rule="paper")
+    for number in (VIDEO_SAMPLE, 6):
+        document = pair.documents[number]
+        positions = FAMILY.positions(config, document.ids_T, document.grids)
+        inputs = pair.inputs((dataclasses.replace(document, positions_3T=positions),))
+        assert_same_logits(pair.ours()(inputs), forward(pair.theirs, document, torch.from_numpy(positions)))
+
+
+@torch.no_grad()
+def test_the_oracle_would_notice_wrong_positions(pair: Pair) -> None:
+    document = pair.documents[VIDEO_SAMPLE]
+    config = dataclasses.replace(pair.case.config, position_rule="paper")
+    paper = torch.from_numpy(FAMILY.positions(config, document.ids_T, document.grids))
+    hf = torch.from_numpy(document.positions_3T)
+    logits = [forward(pair.theirs, document, positions) for positions in (hf, paper)]
+    assert torch.equal(logits[0], forward(pair.theirs, document))  # its own rule is the one called hf
+    assert (logits[0] - logits[1]).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_samples_of_a_pack_do_not_touch(pair: Pair) -> None:
+    # Bit-equal: other pixels and other text in one document leave every other document's logits as they were.
+    documents = list(pair.documents)
+    changed = 2
+    shown = documents[changed].patches
+    assert shown is not None
+    ids = documents[changed].ids_T.copy()
+    ids[-1] = ids[-2] + 1
+    documents[changed] = dataclasses.replace(documents[changed], ids_T=ids, patches=shown[::-1].copy())
+    model, lengths = pair.ours(), [len(d.ids_T) for d in documents]
+    before = model(pair.inputs(pair.documents)).split(lengths)
+    after = model(pair.inputs(tuple(documents))).split(lengths)
+    same = [torch.equal(x, y) for x, y in zip(before, after, strict=True)]
+    assert same == [i != changed for i in range(len(documents))]
+
+
+@torch.no_grad()
+def test_stages_in_a_row_are_the_whole_model(pair: Pair) -> None:
+    inputs = pair.inputs(pair.documents)
+    stages = [Stage(range(0, 1), True, False), Stage(range(1, 4), False, False), Stage(range(4, 5), False, True)]
+    hidden = None
+    for stage in stages:
+        hidden = pair.ours(stage)(inputs, hidden)
+    assert hidden is not None and torch.equal(hidden, pair.ours()(inputs))
+
+
+def test_stages_hold_their_parameters_under_the_whole_models_names(pair: Pair) -> None:
+    whole = {n for n, _ in pair.ours().named_parameters(remove_duplicate=False)}
+    stages = [Stage(range(0, 2), True, False), Stage(range(2, 5), False, True)]
+    parts = [{n for n, _ in pair.ours(stage).named_parameters()} for stage in stages]
+    assert parts[0] | parts[1] == whole
+    assert not parts[0] & parts[1]
+
+
+def test_a_middle_stage_needs_hidden_states(pair: Pair) -> None:
+    with pytest.raises(ValueError, match="hidden states"):
+        pair.ours(Stage(range(1, 2), False, False))(pair.inputs(pair.documents[:1]))
+
+
+def test_tied_head_is_the_embedding(pair: Pair) -> None:
+    model = pair.ours()
+    assert (model.head.weight is model.embed.weight) == pair.case.config.decoder.tied_embeddings
+
+
+def test_gradients_reach_the_pixels_of_their_own_document_alone(pair: Pair) -> None:
+    inputs = pair.inputs(pair.documents[:3])  # an image, text, two images
+    assert inputs.vision is not None
+    patches = inputs.vision.patches_NP.requires_grad_()
+    logits = pair.ours()(inputs)
+    logits[: len(pair.documents[0].ids_T)].square().sum().backward()
+    assert patches.grad is not None
+    own = pair.documents[0].grids[0][1] * pair.documents[0].grids[0][2]
+    assert patches.grad[:own].abs().max(dim=1).values.min() > 0
+    assert patches.grad[own:].abs().max() == 0
+
+
+def test_axial_rotary_turns_half_by_row_and_half_by_column() -> None:
+    # Definition: of a head width of 8, 4 angles: row and column, each times 10000^0 and 10000^(-2/4).
+    tables = axial_tables(torch.tensor([[3, 0, 5], [0, 2, 7]]), 8)
+    angles = torch.tensor([[3, 0.03, 0, 0], [0, 0, 2, 0.02], [5, 0.05, 7, 0.07]], dtype=torch.float64)
+    assert torch.equal(tables.cos_TD, torch.cat((angles, angles), 1).cos().float())
+    assert torch.equal(tables.sin_TD, torch.cat((angles, angles), 1).sin().float())
+
+
+def test_models_call_the_kernel_they_are_given(pair: Pair) -> None:
+    seen: list[tuple[tuple[int, ...], bool]] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, causal: bool) -> Tensor:
+        seen.append((packed.lengths, causal))
+        return sdpa_attention(q, k, v, packed, causal)
+
+    model = FAMILY.build(pair.case.config, Stage(range(2), True, True), attend)
+    model(pair.inputs(pair.documents[VIDEO_SAMPLE : VIDEO_SAMPLE + 1]))
+    tokens = (len(pair.documents[VIDEO_SAMPLE].ids_T),)
+    assert seen == [((16,) * 4, False)] * 2 + [(tokens, True)] * 2
