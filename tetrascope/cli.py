@@ -109,4 +109,6 @@ def main() -> int:
 
         report(str(error))
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0

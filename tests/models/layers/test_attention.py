@@ -112,7 +112,7 @@ def test_no_gradient_crosses_documents(kernel: str) -> None:
     out = KERNELS[kernel](*inputs, Packed((5, 3, 4)), causal=False)
     for gradient in torch.autograd.grad(out[5:8].sum(), inputs):
         assert gradient[:5].abs().max() == 0 and gradient[8:].abs().max() == 0
-    assert torch.autograd.grad(formula(*inputs, (5, 3, 4), False)[5:8].sum(), inputs)[2][5:8].abs().min() > 0
+    assert gradient[5:8].abs().min() > 0  # of the values: what is zero is not zero for want of a graph
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -136,7 +136,11 @@ def test_samples_of_a_pack_do_not_touch(pair: Pair) -> None:
 @torch.no_grad()
 def test_stages_in_a_row_are_the_whole_model(pair: Pair) -> None:
     inputs = pair.inputs(pair.documents)
-    stages = [Stage(range(0, 1), True, False), Stage(range(1, 4), False, False), Stage(range(4, 5), False, True)]
+    stages = [
+        Stage(range(0, 1), True, False),
+        Stage(range(1, 4), False, False),
+        Stage(range(4, 5), False, True),
+    ]
     hidden = None
     for stage in stages:
         hidden = pair.ours(stage)(inputs, hidden)
@@ -184,9 +188,9 @@ def test_axial_rotary_turns_half_by_row_and_half_by_column() -> None:
 def test_models_call_the_kernel_they_are_given(pair: Pair) -> None:
     seen: list[tuple[tuple[int, ...], bool]] = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, causal: bool) -> Tensor:
+    def attend(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, packed: Packed, causal: bool) -> Tensor:
         seen.append((packed.lengths, causal))
-        return sdpa_attention(q, k, v, packed, causal)
+        return sdpa_attention(q_TND, k_TKD, v_TKD, packed, causal)
 
     model = FAMILY.build(pair.case.config, Stage(range(2), True, True), attend)
     model(pair.inputs(pair.documents[VIDEO_SAMPLE : VIDEO_SAMPLE + 1]))

@@ -15,7 +15,14 @@ import torch
 
 from tetrascope.errors import UserError
 from tetrascope.models.qwen2_vl.positions import mrope_positions, patch_positions
-from tetrascope.tools.verify.families.qwen2_vl import CONTENTS, IMAGE, VIDEO, make_document, oracle, tiny_config
+from tetrascope.tools.verify.families.qwen2_vl import (
+    CONTENTS,
+    IMAGE,
+    VIDEO,
+    make_document,
+    oracle,
+    tiny_config,
+)
 
 Content = tuple[int | tuple[int, int, int], ...]
 
@@ -47,7 +54,11 @@ def test_video_longer_than_its_sides(config: object, after: int) -> None:
     # Eight frames of one merged patch at 2: temporal positions 2 to 9, so that the next one is 10 by the paper.
     ids = np.array([7, 8, *[VIDEO] * 8, 9])
     positions = mrope_positions(config, ids, [(8, 2, 2)])  # type: ignore[arg-type]
-    assert positions.tolist() == [[0, 1, *range(2, 10), after], [0, 1, *[2] * 8, after], [0, 1, *[2] * 8, after]]
+    assert positions.tolist() == [
+        [0, 1, *range(2, 10), after],
+        [0, 1, *[2] * 8, after],
+        [0, 1, *[2] * 8, after],
+    ]
 
 
 def test_text_counts_up_on_all_axes() -> None:
@@ -70,7 +81,9 @@ def test_hf_rule_is_transformers_rule(content: Content) -> None:
     with torch.device("meta"):
         model = oracle(HF)
     ids = torch.from_numpy(document.ids_T)[None]
-    images, videos = (torch.tensor([g for g in document.grids if (g[0] > 1) == video]) for video in (False, True))
+    images, videos = (
+        torch.tensor([g for g in document.grids if (g[0] > 1) == video]) for video in (False, True)
+    )
     expected, _ = model.model.get_rope_index(
         ids, (ids == IMAGE).int() + 2 * (ids == VIDEO).int(), image_grid_thw=images, video_grid_thw=videos
     )
@@ -85,10 +98,16 @@ def test_hf_rule_is_transformers_rule(content: Content) -> None:
         ([7, *[IMAGE] * 6], [(1, 4, 6), (1, 2, 2)], "expected 1 visual tokens at token 7 for a 1x1x1 grid"),
         ([7, 8], [(1, 2, 2)], "expected 1 visual tokens at token 2 for a 1x1x1 grid"),
         ([7, *[VIDEO] * 4], [], "4 visual tokens belong to none of its 0 images"),
-        ([IMAGE, 7, *[IMAGE] * 4], [(1, 2, 4), (1, 2, 6)], "expected 2 visual tokens at token 0 for a 1x1x2 grid"),
+        (
+            [IMAGE, 7, *[IMAGE] * 4],
+            [(1, 2, 4), (1, 2, 6)],
+            "expected 2 visual tokens at token 0 for a 1x1x2 grid",
+        ),
     ],
 )
-def test_wrong_number_of_visual_tokens_is_named(ids: list[int], grids: list[tuple[int, int, int]], message: str) -> None:
+def test_wrong_number_of_visual_tokens_is_named(
+    ids: list[int], grids: list[tuple[int, int, int]], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         mrope_positions(PAPER, np.array(ids), grids)
 

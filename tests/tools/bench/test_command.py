@@ -33,7 +33,7 @@ def files(folder: Path) -> list[str]:
 def test_figures_of_a_run_on_two_ranks(tmp_path: Path) -> None:
     path = write_config(tmp_path, batch={"samples": SAMPLES})
     # A run's own checkpoint, a damaged one at that: the benchmark is not to look at it.
-    kept = tmp_path / "run" / "checkpoints" / "step-000004" / "manifest.json"
+    kept = tmp_path / "run" / "checkpoints" / "step-000004" / "state.json"
     kept.parent.mkdir(parents=True)
     kept.write_text("damaged")
     command = ["bench", "train", str(path), "parallel.tp=2", "--warmup", "2", "--steps", "3"]
@@ -46,7 +46,7 @@ def test_figures_of_a_run_on_two_ranks(tmp_path: Path) -> None:
     )
     wall = time.monotonic() - began
     assert done.returncode == 0, done.stderr
-    assert files(tmp_path / "run") == ["bench.jsonl", "checkpoints/step-000004/manifest.json"]
+    assert files(tmp_path / "run") == ["bench.jsonl", "checkpoints/step-000004/state.json"]
     lines = (tmp_path / "run" / "bench.jsonl").read_text().splitlines()
     assert len(lines) == 1
     found = json.loads(lines[0])
