@@ -86,11 +86,11 @@ class OptimizerSection(_Section):
     """AdamW with linear warm-up and cosine decay to lr·min_lr_ratio. clip: gradient norm, null for none."""
 
     lr: PositiveFloat
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     warmup_steps: NonNegativeInt = 0
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     clip: PositiveFloat | None = 1.0
 
 

@@ -18,9 +18,7 @@ def test_formula() -> None:
     norm, x = RMSNorm(24, eps=0.5), torch.randn(7, 24)
     torch.nn.init.normal_(norm.weight)
     exact = x.double() / torch.sqrt((x.double() ** 2).sum(-1, keepdim=True) / 24 + 0.5) * norm.weight.double()
-    assert (
-        norm(x) - exact
-    ).abs().max() <= 2e-6  # a sum of 24 squares and four roundings in fp32, values below 5
+    assert (norm(x) - exact).abs().max() <= 2e-6  # a sum of 24 squares and four roundings in fp32, values below 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -47,9 +47,7 @@ def test_multimodal_rotary_is_a_turn_of_complex_numbers() -> None:
 def test_equal_axes_are_one_dimensional_rotary() -> None:
     # Text has t = h = w: the section must not matter, to the last bit.
     positions = torch.tensor([0, 1, 2, 17, 400])
-    one_axis = tables_from_angles(
-        positions.double()[:, None] * inverse_frequencies(16, THETA, positions.device)
-    )
+    one_axis = tables_from_angles(positions.double()[:, None] * inverse_frequencies(16, THETA, positions.device))
     for section in ((2, 3, 3), (8, 0, 0), (0, 1, 7)):
         tables = multimodal_tables(positions.expand(3, -1), 16, THETA, section)
         assert torch.equal(tables.cos_TD, one_axis.cos_TD) and torch.equal(tables.sin_TD, one_axis.sin_TD)

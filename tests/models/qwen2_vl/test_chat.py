@@ -150,9 +150,7 @@ def test_text_is_what_the_chat_template_gives(chat: ChatML) -> None:
         (["hello"], [], "message 'hello' must be an object with role and content"),
     ],
 )
-def test_what_cannot_be_used_is_named(
-    chat: ChatML, messages: list[Any], visual: list[int], message: str
-) -> None:
+def test_what_cannot_be_used_is_named(chat: ChatML, messages: list[Any], visual: list[int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         chat.encode(messages, visual)
 

@@ -95,6 +95,15 @@ def test_one_packed_forward_gives_the_logits_of_every_sample(pair: Pair, attenti
 
 
 @torch.no_grad()
+def test_logits_of_a_faint_picture(pair: Pair) -> None:
+    # Patches a thousand times weaker than noise: only here is the vision norms' epsilon more than rounding.
+    document = pair.documents[KINDS["two images"]]
+    assert document.patches is not None
+    faint = dataclasses.replace(document, patches=document.patches / 1000)
+    assert_same_logits(pair.ours()(pair.inputs((faint,))), forward(pair.theirs, faint))
+
+
+@torch.no_grad()
 def test_logits_by_the_rule_of_the_paper(pair: Pair) -> None:
     # The oracle has the other rule built in, so it is given the positions: what remains to compare is how they enter.
     config = dataclasses.replace(pair.case.config, position_rule="paper")

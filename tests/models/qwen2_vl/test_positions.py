@@ -81,9 +81,7 @@ def test_hf_rule_is_transformers_rule(content: Content) -> None:
     with torch.device("meta"):
         model = oracle(HF)
     ids = torch.from_numpy(document.ids_T)[None]
-    images, videos = (
-        torch.tensor([g for g in document.grids if (g[0] > 1) == video]) for video in (False, True)
-    )
+    images, videos = (torch.tensor([g for g in document.grids if (g[0] > 1) == video]) for video in (False, True))
     expected, _ = model.model.get_rope_index(
         ids, (ids == IMAGE).int() + 2 * (ids == VIDEO).int(), image_grid_thw=images, video_grid_thw=videos
     )

@@ -164,9 +164,7 @@ def test_tie_may_sit_in_the_text_part() -> None:
         ({"use_sliding_window": True}, "use_sliding_window"),
     ],
 )
-def test_config_json_that_would_compute_something_else_is_refused(
-    change: dict[str, Any], message: str
-) -> None:
+def test_config_json_that_would_compute_something_else_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         FAMILY.from_hf({**HUB_2B, **change})
 
@@ -206,9 +204,7 @@ def test_shapes_that_do_not_fit_are_named(
         )
 
 
-@pytest.mark.parametrize(
-    "config", [tiny_config(), tiny_config(tied=True), published("2B")], ids=["tiny", "tied", "2B"]
-)
+@pytest.mark.parametrize("config", [tiny_config(), tiny_config(tied=True), published("2B")], ids=["tiny", "tied", "2B"])
 def test_one_sharding_rule_for_every_module_with_parameters(config: Qwen2VLConfig) -> None:
     table = FAMILY.sharding(config)
     owners = {name: module for name, module in on_meta(config).named_modules() if module._parameters}

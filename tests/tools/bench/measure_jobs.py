@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -40,5 +41,6 @@ def measure_scripted(warmup: int, steps: int) -> tuple[Measurement, list[bool], 
     """The measurement, what each step was told of being the last, and the number of steps announced."""
     trainer = ScriptedTrainer(slow=warmup)
     announced: list[None] = []
-    measurement = measure(cast("Any", trainer), warmup, steps, lambda: announced.append(None))
+    with mock.patch("tetrascope.tools.bench.peak.WINDOW_SECONDS", 0.1):
+        measurement = measure(cast("Any", trainer), warmup, steps, lambda: announced.append(None))
     return measurement, trainer.lasts, len(announced)

@@ -13,29 +13,13 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 SIDE = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the matrices: large enough for the full rate, small enough to end soon on a shared core."""
 
-WINDOW_SECONDS = 0.5
+WINDOW_SECONDS = 1.0
 WINDOWS = 3
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """FLOP/s of square matrix products on this rank, repeated for at least `seconds`."""
-    side = SIDE[device.type]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    torch.mm(a, b, out=out)  # the first call plans the product and wakes the threads
-    _finish(device)
-    dist.barrier()
-    products, began, spent = 0, time.perf_counter(), 0.0
-    while spent < seconds:
-        torch.mm(a, b, out=out)
-        _finish(device)
-        products += 1
-        spent = time.perf_counter() - began
-    return products * 2.0 * side**3 / spent
 
 
 def peak_rates(device: torch.device, dtype: torch.dtype) -> list[float]:
@@ -43,12 +27,35 @@ def peak_rates(device: torch.device, dtype: torch.dtype) -> list[float]:
 
     The best of several windows, since anything else that runs on the machine can only take away from it.
     """
-    rates = torch.zeros(WINDOWS, dist.get_world_size(), dtype=torch.float64, device=device)
+    side = SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    done = torch.zeros(WINDOWS, dist.get_world_size(), dtype=torch.float64, device=device)
+    spent = torch.zeros_like(done)
     for window in range(WINDOWS):
-        rates[window, dist.get_rank()] = matmul_rate(device, dtype, WINDOW_SECONDS)
-    dist.all_reduce(rates)
+        place = window, dist.get_rank()
+        done[place], spent[place] = multiply_together(a, b, out, WINDOW_SECONDS)
+    dist.all_reduce(done)
+    dist.all_reduce(spent)
+    # Divided by the longest time, not each by its own: a rank that the system lets start late computes on while the
+    # others have ended, at a rate that it would not reach beside them, and rates of different times do not add up.
+    rates = done / spent.amax(1, keepdim=True)
     best: list[float] = rates[rates.sum(1).argmax()].tolist()
     return best
+
+
+def multiply_together(a: Tensor, b: Tensor, out: Tensor, seconds: float) -> tuple[float, float]:
+    """Repeats a·b for `seconds` on all ranks; FLOPs done on this one, and the seconds until the last rank was done."""
+    torch.mm(a, b, out=out)  # the first call plans the product and wakes the threads
+    _finish(a.device)
+    dist.barrier()
+    products, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        torch.mm(a, b, out=out)
+        _finish(a.device)
+        products += 1
+    dist.barrier()
+    return products * 2.0 * a.shape[0] ** 3, time.perf_counter() - began
 
 
 def _finish(device: torch.device) -> None:

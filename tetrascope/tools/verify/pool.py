@@ -18,28 +18,24 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
-import faulthandler
-import importlib
-import importlib.util
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import queue
 import re
 import signal
 import socket
 import sys
-import threading
 import time
-import traceback
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import torch
 import torch.distributed as dist
+
+from tetrascope.tools.verify import worker as worker_module
+from tetrascope.tools.verify.worker import LOOPBACK, READY, RELEASE, Job, Outcome, Task, listen, work
 
 Result = TypeVar("Result")
 
@@ -49,9 +45,6 @@ GRACE_SECONDS = 2.0
 _START_SECONDS = 120.0  # the server's imports and the forks; generous, because a loaded machine is no failure
 _LEAVE_SECONDS = 10.0  # to destroy a process group, once the job itself is over on all ranks
 _STACK_SECONDS = 2.0  # for a hanging process to write its stack
-_READY = "ready"  # worker to pool: waiting for a task
-_RELEASE = "release"  # pool to worker: every rank is through the job, the process group may go
-_LOOPBACK = "127.0.0.1"
 
 # Imported by the server before it forks, so that a job does not pay for them on every rank. torch._dynamo
 # because the first optimizer a process makes imports it.
@@ -176,7 +169,7 @@ class WorkerPool:
             raise RankFailure(job.name, world, reports)
         return [pickle.loads(outcomes[rank].value) for rank in range(world)]
 
-    def _describe(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Job:
+    def _describe(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job:
         module = getattr(fn, "__module__", None)
         name = f"{module}.{getattr(fn, '__qualname__', repr(fn))}"
         if module == "__main__":
@@ -189,7 +182,7 @@ class WorkerPool:
                 f"can be pickled ({error})"
             ) from error
         self._job_number += 1
-        return _Job(
+        return Job(
             number=self._job_number,
             name=name,
             module=module,
@@ -216,16 +209,16 @@ class WorkerPool:
         deadline = time.monotonic() + _START_SECONDS
         while everyone:
             ready = self._wait_for_any(everyone, deadline)
-            if not ready or any(self._workers[rank].receive() != _READY for rank in ready):
+            if not ready or any(self._workers[rank].receive() != READY for rank in ready):
                 raise RuntimeError("the processes of the WorkerPool did not start; their output says why")
             everyone -= set(ready)
 
-    def _execute(self, job: _Job, world: int, timeout: float) -> tuple[dict[int, _Outcome], list[RankReport]]:
+    def _execute(self, job: Job, world: int, timeout: float) -> tuple[dict[int, Outcome], list[RankReport]]:
         """The outcome of each rank that came to one, and a report of each rank that did not succeed."""
         deadline = time.monotonic() + timeout
-        for rank, worker in enumerate(self._workers[:world]):
-            worker.send(_Task(job, rank, world))
-        outcomes: dict[int, _Outcome] = {}
+        for rank, process in enumerate(self._workers[:world]):
+            process.send(Task(job, rank, world))
+        outcomes: dict[int, Outcome] = {}
         died: list[RankReport] = []
         pending = set(range(world))
         patience = f"not done after {timeout:g} s"
@@ -244,18 +237,18 @@ class WorkerPool:
                     deadline = end_of_grace
                     patience = f"not done {GRACE_SECONDS:g} s after the first failure"
         raised = sorted((o for o in outcomes.values() if o.traceback), key=lambda outcome: outcome.time)
-        reports = died + [outcome.report() for outcome in raised]
+        reports = died + [_raised(outcome) for outcome in raised]
         if died:
             return outcomes, reports
         if pending:
             return outcomes, reports + self._report_unfinished(pending, patience)
         return outcomes, reports + self._leave_groups(outcomes)
 
-    def _leave_groups(self, outcomes: dict[int, _Outcome]) -> list[RankReport]:
+    def _leave_groups(self, outcomes: dict[int, Outcome]) -> list[RankReport]:
         """Have all ranks destroy their process groups, and report those that could not."""
         for rank, outcome in outcomes.items():
             if not outcome.traceback:
-                self._workers[rank].send(_RELEASE)
+                self._workers[rank].send(RELEASE)
         pending = set(outcomes)
         deadline = time.monotonic() + _LEAVE_SECONDS
         while pending:
@@ -283,16 +276,16 @@ class WorkerPool:
 
     def _report_unfinished(self, ranks: Collection[int], patience: str) -> list[RankReport]:
         stuck = {rank: self._workers[rank] for rank in sorted(ranks)}
-        for worker in stuck.values():
-            worker.ask_for_stack()
+        for process in stuck.values():
+            process.ask_for_stack()
         deadline = time.monotonic() + _STACK_SECONDS
         before: list[str] = []
-        while (now := [worker.stack() for worker in stuck.values()]) != before or not all(now):
+        while (now := [process.stack() for process in stuck.values()]) != before or not all(now):
             if time.monotonic() > deadline:
                 break
             before = now
             time.sleep(0.05)
-        stacks = {rank: worker.stack() or "(it did not answer)" for rank, worker in stuck.items()}
+        stacks = {rank: process.stack() or "(it did not answer)" for rank, process in stuck.items()}
         return [RankReport(rank, "unfinished", f"{patience}; it was here:\n{stacks[rank]}") for rank in stuck]
 
     def _stop(self) -> None:
@@ -304,7 +297,7 @@ class WorkerPool:
             worker.discard()
 
 
-_FRAMES_BELOW_JOB = re.compile(rf'\n  File "{re.escape(__file__)}", line \d+ in _perform\n.*', re.DOTALL)
+_FRAMES_BELOW_JOB = re.compile(rf'\n  File "{re.escape(worker_module.__file__)}", line \d+ in perform\n.*', re.DOTALL)
 
 
 class _Worker:
@@ -314,12 +307,12 @@ class _Worker:
         self.connection, their_connection = context.Pipe()
         self._stacks, their_stacks = context.Pipe(duplex=False)
         self._stack_text = b""
-        self.process = context.Process(target=_work, args=(their_connection, their_stacks, store_port))
+        self.process = context.Process(target=work, args=(their_connection, their_stacks, store_port))
         self.process.start()
         their_connection.close()  # so that the end of the process is the end of the connection
         their_stacks.close()
 
-    def send(self, message: _Task | str) -> None:
+    def send(self, message: Task | str) -> None:
         with contextlib.suppress(OSError):  # it is dead, which the next wait reports
             self.connection.send(message)
 
@@ -343,7 +336,7 @@ class _Worker:
                 break
             self._stack_text += part
         text = self._stack_text.decode(errors="replace")
-        threads = [thread for thread in text.split("\n\n") if f"in {_listen.__name__}" not in thread]
+        threads = [thread for thread in text.split("\n\n") if f"in {listen.__name__}" not in thread]
         return "\n\n".join(_FRAMES_BELOW_JOB.sub("", thread) for thread in threads).strip()
 
     def describe_death(self) -> str:
@@ -361,142 +354,11 @@ class _Worker:
         self.process.close()
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One `run`, as all of its ranks see it. `call` is the pickled (fn, args, kwargs)."""
-
-    number: int
-    name: str
-    module: str | None
-    module_file: str | None
-    call: bytes
-    sys_path: tuple[str, ...]
-    directory: str
-    environment: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One rank's part in a job."""
-
-    job: _Job
-    rank: int
-    world: int
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """How a rank's task ended.
-
-    time: seconds of the monotonic clock, which all processes share.
-    value: the pickled result; with a traceback, the pickled exception, empty if that cannot be pickled.
-    """
-
-    rank: int
-    time: float
-    value: bytes
-    traceback: str = ""
-
-    def report(self) -> RankReport:
-        exception = None
-        with contextlib.suppress(Exception):  # an exception class may refuse; its traceback is there as text
-            exception = pickle.loads(self.value)
-        return RankReport(self.rank, "raised", self.traceback, exception)
-
-
-def _work(connection: Any, stacks: Any, store_port: int) -> None:
-    """A worker's whole life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pool's process, which kills this one
-    # These write from the signal handler itself, so they do even where no Python code gets to run.
-    faulthandler.enable(stacks)
-    faulthandler.register(signal.SIGUSR1, stacks)
-    torch.set_num_threads(1)
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
-    store = dist.TCPStore(_LOOPBACK, store_port, is_master=False, wait_for_workers=False)
-    connection.send(_READY)
-    while True:
-        outcome = _perform(inbox.get(), store)
-        connection.send(outcome)
-        # A rank that succeeded stays until all have: others may still be reading what it sent. One that
-        # failed goes at once, which makes the others' collectives fail rather than hang.
-        if not outcome.traceback:
-            inbox.get()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        connection.send(_READY)
-
-
-def _listen(connection: Any, inbox: queue.SimpleQueue[Any]) -> None:
-    """Take in what the pool sends; end the process, whatever it is doing, when the pool's process is gone."""
-    try:
-        while True:
-            inbox.put(connection.recv())
-    except (EOFError, OSError):
-        os._exit(0)
-
-
-def _perform(task: _Task, store: dist.Store) -> _Outcome:
-    job = task.job
-    try:
-        rank, world = str(task.rank), str(task.world)
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        _set_environment({**job.environment, **ranks})
-        os.chdir(job.directory)
-        sys.path[:] = job.sys_path
-        torch.manual_seed(0)
-        _import_module(job.module, job.module_file)
-        fn, args, kwargs = pickle.loads(job.call)
-        dist.init_process_group(
-            "gloo", store=dist.PrefixStore(f"job{job.number}", store), rank=task.rank, world_size=task.world
-        )
-        value = pickle.dumps(fn(*args, **kwargs), protocol=pickle.HIGHEST_PROTOCOL)
-        return _Outcome(task.rank, time.monotonic(), value)
-    except BaseException as error:
-        failed_at = time.monotonic()
-        return _Outcome(task.rank, failed_at, _pickle_exception(error), traceback.format_exc())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-
-
-def _pickle_exception(error: BaseException) -> bytes:
-    try:
-        pickled = pickle.dumps(error)
-        pickle.loads(pickled)
-        return pickled
-    except Exception:
-        return b""
-
-
-def _set_environment(environment: dict[str, str]) -> None:
-    for name in os.environ.keys() - environment.keys():
-        del os.environ[name]
-    os.environ.update(environment)
-
-
-def _import_module(name: str | None, file: str | None) -> None:
-    """Import the job's module, by its file where its name cannot be imported: pytest's importlib mode names
-    test modules after their place below the root directory, which need not be on sys.path."""
-    if name is None or name in sys.modules:
-        return
-    importlib.invalidate_caches()  # the file may be newer than the last look at its folder
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if file is None or not (name == missing or name.startswith(missing + ".")):
-            raise
-        spec = importlib.util.spec_from_file_location(name, file)
-        if spec is None or spec.loader is None:
-            raise
-        parts = name.split(".")
-        for end in range(1, len(parts)):  # pickle asks for the packages too
-            package = ".".join(parts[:end])
-            sys.modules.setdefault(package, types.ModuleType(package))
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
+def _raised(outcome: Outcome) -> RankReport:
+    exception = None
+    with contextlib.suppress(Exception):  # an exception class may refuse; its traceback is there as text
+        exception = pickle.loads(outcome.value)
+    return RankReport(outcome.rank, "raised", outcome.traceback, exception)
 
 
 def _worker_environment() -> dict[str, str]:
@@ -510,10 +372,10 @@ def _worker_environment() -> dict[str, str]:
 
 
 def _listen_on_loopback() -> dist.TCPStore:
-    listener = socket.create_server((_LOOPBACK, 0))
+    listener = socket.create_server((LOOPBACK, 0))
     port = listener.getsockname()[1]
     return dist.TCPStore(
-        _LOOPBACK,
+        LOOPBACK,
         port,
         is_master=True,
         timeout=datetime.timedelta(seconds=_START_SECONDS),
