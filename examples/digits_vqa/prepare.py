@@ -7,7 +7,7 @@ are split into two disjoint pools, one for training and one held out; each pictu
 pool in a row, on a canvas whose size and aspect ratio vary. What is written under `--out`:
 
     train.jsonl    a conversation a line, in the messages form of OpenAI and Hugging Face: 2 or 3 questions on
-                   one picture; a small share have no picture at all
+                   one picture; a small share have no picture at all; single digits first, to be read in order
     test.jsonl     one question a line, with its "kind"; each held-out picture is asked about once per kind
     images/        PNG files; the paths in the JSONL files are relative to those files
     tokenizer/     a byte-level BPE tokenizer with Qwen2-VL's special tokens and a ChatML chat template
@@ -35,11 +35,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-FORMAT = 1  # raise it when the files written change, so that data made by an older version is made anew
+FORMAT = 2  # raise it when the files written change, so that data made by an older version is made anew
 CELL = 28  # pixels a digit's slot is wide: patch 14 x merge 2, so about one language-model token a digit
-COUNT_SHARES = (0.4, 0.25, 0.2, 0.15)  # of pictures with 1, 2, 3 and 4 digits
-# 4 cells are 56 x 56 px, the least area of Qwen2-VL's preprocessing, which enlarges smaller pictures.
-MIN_CELLS = 4
+MOST_DIGITS = 4
+SINGLES_UNTIL, MIXED_FROM = 0.12, 0.4  # parts of the training file, see `count_shares`
 TRAIN_SHARE = 0.8  # of each class's digits
 TEXT_ONLY_SHARE = 0.03
 VOCAB_SIZE = 512
@@ -118,7 +117,7 @@ class Settings:
     cell: pixels a digit's slot is wide.
     """
 
-    train: int = 12_000
+    train: int = 32_000
     test: int = 100
     seed: int = 0
     cell: int = CELL
@@ -153,10 +152,17 @@ def split_pools(labels_N: NDArray[np.int64], seed: int) -> dict[str, NDArray[np.
     return {"train": np.concatenate(train), "test": np.concatenate(test)}
 
 
-def canvas_cells(count: int) -> list[tuple[int, int]]:
-    """The canvas sizes (rows, columns), in cells, on which `count` digits may be shown in one row."""
-    sizes = [(rows, columns) for rows in (1, 2) for columns in range(count, count + 3)]
-    return [(rows, columns) for rows, columns in sizes if rows * columns >= MIN_CELLS]
+def count_shares(progress: float) -> NDArray[np.float64]:
+    """Shares of pictures with 1 to MOST_DIGITS digits at a point of the training file, 0 its start, 1 its end.
+
+    Training reads the file in order. It begins with single digits, then goes over to equal shares: a model that is
+    given all counts from the start learns to count within a hundred steps and then ignores the pictures for very
+    long, for which digit to look at and what a digit looks like are each of no use without the other.
+    """
+    mixed = np.clip((progress - SINGLES_UNTIL) / (MIXED_FROM - SINGLES_UNTIL), 0, 1)
+    shares = np.full(MOST_DIGITS, mixed / MOST_DIGITS)
+    shares[0] += 1 - mixed
+    return shares
 
 
 def draw_digit(scan_88: NDArray[np.float32], side: int, degrees: float) -> NDArray[np.float32]:
@@ -180,20 +186,17 @@ def draw_picture(scans: NDArray[np.float32], cell: int, rng: np.random.Generator
     The board is of a middle tone, since normalisation takes that to about 0: an empty cell then carries
     little, and most of what a digit's cell carries is its ink.
 
-    The canvas is a whole number of cells, give or take 7 % on each side: preprocessing rounds a side to a
+    The canvas is one or two rows of cells, give or take 7 % on each side: preprocessing rounds a side to a
     multiple of 28 px, and this bounds how much that stretches a digit. Each digit is somewhere inside a cell
-    of its own, so that after that rounding it falls on one language-model token; cells beside, above or below
-    the digits may stay empty.
+    of its own, so that after that rounding it falls on one language-model token; a second row stays empty.
     """
-    count = len(scans)
-    sizes = canvas_cells(count)
-    rows, columns = sizes[rng.integers(len(sizes))]
+    rows, columns = int(rng.integers(1, 3)), len(scans)
     height, width = (round(cells * cell * rng.uniform(0.93, 1.07)) for cells in (rows, columns))
     slot_height, slot_width = height / rows, width / columns
-    row, first = int(rng.integers(rows)), int(rng.integers(columns - count + 1))
+    row = int(rng.integers(rows))
 
     ink = np.zeros((height, width), dtype=np.float32)
-    for column, scan in enumerate(scans, start=first):
+    for column, scan in enumerate(scans):
         side = int(min(slot_height, slot_width) * rng.uniform(0.82, 1.0))
         x = int(column * slot_width + rng.uniform(0, slot_width - side))
         y = int(row * slot_height + rng.uniform(0, slot_height - side))
@@ -256,8 +259,8 @@ class Painter:
         self.root, self.split, self.scans, self.pool, self.cell = root, split, scans, pool, cell
         (root / "images" / split).mkdir(parents=True)
 
-    def draw(self, number: int, rng: np.random.Generator) -> Drawn:
-        count = 1 + rng.choice(len(COUNT_SHARES), p=COUNT_SHARES)
+    def draw(self, number: int, shares: NDArray[np.float64], rng: np.random.Generator) -> Drawn:
+        count = 1 + rng.choice(len(shares), p=shares)
         chosen = rng.choice(self.pool, size=count, replace=False)
         image = f"images/{self.split}/{number:06d}.png"
         picture = draw_picture(self.scans.scans_N88[chosen], self.cell, rng)
@@ -268,12 +271,12 @@ class Painter:
 def train_samples(
     painter: Painter, count: int, rng: np.random.Generator, sources: dict[str, list[int]]
 ) -> Iterator[dict[str, Any]]:
-    """The training conversations; `sources` gains the scans of each picture drawn."""
+    """The training conversations, easy ones first; `sources` gains the scans of each picture drawn."""
     for number in range(1, count + 1):
         if rng.random() < TEXT_ONLY_SHARE:
             messages = conversation(text_only_turns(rng), None)
         else:
-            drawn = painter.draw(number, rng)
+            drawn = painter.draw(number, count_shares(number / count), rng)
             sources[drawn.image] = drawn.sources
             messages = conversation(picture_turns(drawn.digits, rng), drawn.image)
         yield {"id": f"train-{number:06d}", "messages": messages}
@@ -284,7 +287,7 @@ def test_samples(
 ) -> Iterator[dict[str, Any]]:
     """One sample per held-out picture and kind; `sources` gains the scans of each picture drawn."""
     for number in range(1, count + 1):
-        drawn = painter.draw(number, rng)
+        drawn = painter.draw(number, count_shares(1.0), rng)
         sources[drawn.image] = drawn.sources
         for question in QUESTIONS:
             turn = (question.wordings[rng.integers(len(question.wordings))], question.answer(drawn.digits))

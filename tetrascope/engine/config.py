@@ -32,12 +32,14 @@ class ModelSection(_Section):
 class DataSection(_Section):
     """What to train on.
 
-    train: JSONL of conversations, image paths relative to it. max_tokens: longest sample allowed. max_bad_samples:
+    train: JSONL of conversations, image paths relative to it. shuffle: anew in every epoch; false reads the file in
+    its order, for a curriculum. max_tokens: longest sample allowed. max_bad_samples:
     unreadable images to skip before the run stops.
     """
 
     train: Path
     tokenizer: Path
+    shuffle: bool = True
     min_pixels: PositiveInt = 56 * 56
     max_pixels: PositiveInt = 1280 * 28 * 28
     max_tokens: PositiveInt = 32768

@@ -66,10 +66,6 @@ def training_flops(
     return vision, linears * (1 + language_trained + reached) + attention * (1 + 2 * reached)
 
 
-TRAINING = 3.0
-"""Forward and backward of a trained part against its forward: the backward takes two products for each."""
-
-
 def _patch_embedding(config: ModelConfig, patches: int) -> float:
     return 2.0 * patches * config.vision.patch_width * config.vision.width
 

@@ -62,8 +62,11 @@ class Planner:
     Raises UserError when the global batch cannot give every micro-batch a sample.
     """
 
-    def __init__(self, infos: Sequence[SampleInfo], seed: int, layout: Layout, batch: BatchSection) -> None:
+    def __init__(
+        self, infos: Sequence[SampleInfo], seed: int, layout: Layout, batch: BatchSection, shuffle: bool = True
+    ) -> None:
         self._infos, self._seed, self._layout, self._batch = infos, seed, layout, batch
+        self._shuffled = shuffle
         bins = layout.dp * batch.micro_batches
         if batch.samples < bins:
             raise UserError(
@@ -75,11 +78,13 @@ class Planner:
         self._order = lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> np.ndarray:
+        if not self._shuffled:
+            return np.arange(len(self._infos))
         generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
         return generator.permutation(len(self._infos))
 
     def _global_batch(self, step: int) -> tuple[int, ...]:
-        """Sample numbers of a step: consecutive places of the endless sequence of shuffled epochs.
+        """Sample numbers of a step: consecutive places of the endless sequence of epochs.
 
         The last places of an epoch that do not fill a batch are left out, so that no batch holds a sample twice.
         """

@@ -92,7 +92,7 @@ class Trainer:
         self.device = device_of_rank(config.train.device)
         self.dataset = Dataset(config.data, setup.family, setup.model_config, setup.tokenizer)
         infos = [sample.info for sample in self.dataset.samples]
-        planner = Planner(infos, config.train.seed, setup.layout, config.batch)
+        planner = Planner(infos, config.train.seed, setup.layout, config.batch, config.data.shuffle)
         self._made_group = not dist.is_initialized()
         if self._made_group:
             dist.init_process_group("gloo" if self.device.type == "cpu" else "nccl")
@@ -176,16 +176,17 @@ class Trainer:
     def _stats(self, plan: StepPlan, loss: float, norm: float, lr: float, seconds: float, waited: float) -> StepStats:
         infos = [self.dataset.samples[i].info for i in plan.samples]
         frames = [h * w for info in infos for t, h, w in info.grids for _ in range(t)]
-        config = self.setup.model_config
+        documents = [info.tokens for info in infos]
+        vision, language = flops.training_flops(self.setup.model_config, frames, documents)
         return StepStats(
             loss=loss,
             grad_norm=norm,
             lr=lr,
-            tokens=sum(info.tokens for info in infos),
+            tokens=sum(documents),
             images=sum(len(info.grids) for info in infos),
             skipped=len(self.skipped),
-            vision_flops=flops.TRAINING * flops.vision_forward(config, frames),
-            language_flops=flops.TRAINING * flops.language_forward(config, [info.tokens for info in infos]),
+            vision_flops=vision,
+            language_flops=language,
             seconds=seconds,
             data_wait=waited,
         )
