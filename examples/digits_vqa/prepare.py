@@ -117,7 +117,7 @@ class Settings:
     cell: pixels a digit's slot is wide.
     """
 
-    train: int = 32_000
+    train: int = 28_800
     test: int = 100
     seed: int = 0
     cell: int = CELL

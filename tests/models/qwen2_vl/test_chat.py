@@ -147,6 +147,7 @@ def test_text_is_what_the_chat_template_gives(chat: ChatML) -> None:
         ([user({"type": "audio"})], [], "part .*audio.* must be"),
         ([user({"type": "text"})], [], "part .* must be"),
         ([user("words")], [], "part 'words' must be"),
+        ([user(text("\ud83d")), assistant(text("x"))], [], "not Unicode text .surrogates not allowed"),
         (["hello"], [], "message 'hello' must be an object with role and content"),
     ],
 )

@@ -40,6 +40,10 @@ class ChatML:
         images that differs from `visual_tokens`, or a conversation with nothing to learn from.
         """
         text, spans = render(messages)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # a JSON escape such as \ud83d without its other half
+            raise UserError(f"conversation is not Unicode text ({error.reason}); remove the sample") from error
         # The tokenizers library's own call: transformers' wrapper around it costs ten times the tokenization.
         encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         ids = np.asarray(encoded.ids, dtype=np.int64)
