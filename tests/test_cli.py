@@ -41,7 +41,8 @@ BAD: list[tuple[str, dict[str, Any], list[str], str]] = [
     ("family", {"model": {"family": "qwen9"}}, [], "unknown family 'qwen9'; known families: qwen2_vl"),
     ("no data", {"data": {"train": "nowhere.jsonl"}}, [], "data.train: nowhere.jsonl does not exist"),
     ("no tokenizer", {"data": {"tokenizer": "nowhere"}}, [], "data.tokenizer: nowhere is not a folder"),
-    ("two models", {"model": {"init_from": "here"}}, [], "give either config (shapes, to train from scratch) or init_"),
+    ("no model", {"model": {"config": None}}, [], "give config (shapes, to train from scratch) or init_from"),
+    ("no folder", {"model": {"init_from": "here"}}, [], "here/config.json: cannot be read"),
     ("lr", {"optimizer": {"lr": -1}}, [], "'optimizer.lr' is -1: input should be greater than 0"),
 ]
 

@@ -238,3 +238,22 @@ def test_config_json(tmp_path: Path) -> None:
         read_hf_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "x"}')
     assert read_hf_config(tmp_path) == {"model_type": "x"}
+
+
+def test_hf_folder_must_hold_just_the_tensors_of_the_model(hf_folder: Path) -> None:
+    """Checked from headers, before any process group: nothing missing, nothing left unread, nothing misshapen."""
+    from safetensors import safe_open
+
+    tensors = []
+    for path in sorted(hf_folder.glob("*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            names = list(file.keys())
+            tensors += [HFTensor(name, tuple(file.get_slice(name).get_shape())) for name in names]
+    folder = HuggingFaceFolder(hf_folder)
+    folder.check(tensors)
+    with pytest.raises(UserError, match=r"lacks 1 tensors \(head\)"):
+        folder.check([*tensors, HFTensor("head", (1,))])
+    with pytest.raises(UserError, match=rf"holds 1 tensors \({tensors[0].name}\) besides"):
+        folder.check(tensors[1:])
+    with pytest.raises(UserError, match=rf"{tensors[0].name} has shape"):
+        folder.check([HFTensor(tensors[0].name, (9, 9, 9)), *tensors[1:]])

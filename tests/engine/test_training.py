@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.engine.train_jobs import run_steps
 from tests.tiny import write_config
+from tetrascope.tools.checkpoint_convert.native_to_hf import native_to_hf
 from tetrascope.tools.verify.pool import RankFailure, WorkerPool
 
 CONTEXT = "fp32 sums in another order: a few unit roundoffs (6e-8) of a loss of size 5, grown over six steps"
@@ -70,6 +72,19 @@ def test_a_finished_folder_is_not_overwritten(pool: WorkerPool, config: Path, tm
     run_in(pool, config, tmp_path / "run", [], 1, stop=1)
     with pytest.raises(RankFailure, match="already holds step-000001; add --resume"):
         run_in(pool, config, tmp_path / "run", [], 1, stop=1)
+
+
+def test_training_starts_from_a_hugging_face_folder(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
+    """Three steps, an export, and a new run from it: its first loss is that of the trained weights, in any layout."""
+    scratch = run_in(pool, config, tmp_path / "scratch", [], 1, stop=3)
+    native_to_hf(tmp_path / "scratch" / "checkpoints" / "step-000003", tmp_path / "hf", "float32")
+    raw = yaml.safe_load(config.read_text())
+    raw["model"] = {"family": "qwen2_vl", "init_from": str(tmp_path / "hf")}
+    config.write_text(yaml.safe_dump(raw))
+    one = run_in(pool, config, tmp_path / "one", [], 1, stop=1)
+    four = run_in(pool, config, tmp_path / "four", ["parallel.tp=2", "parallel.pp=2"], 4, stop=1)
+    assert _losses(one)[0] < _losses(scratch)[0] - 0.1
+    assert _losses(four) == pytest.approx(_losses(one), rel=RELATIVE), CONTEXT
 
 
 def _truncate(tmp_path: Path, name: str) -> None:

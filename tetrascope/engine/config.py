@@ -22,7 +22,11 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """Which model. Either `config` (train from scratch) or `init_from` (a Hugging Face checkpoint folder)."""
+    """Which model.
+
+    init_from: a Hugging Face folder to start from. config: the family's configuration, to train from scratch; with
+    init_from, changes to the folder's own, such as position_rule.
+    """
 
     family: str
     config: dict[str, Any] | None = None

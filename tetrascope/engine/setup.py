@@ -79,11 +79,14 @@ def prepare(config: Config, world: int | None) -> Setup:
 
 def _model_config(config: Config, family: Family, tokenizer: Any) -> Any:
     model = config.model
-    if (model.config is None) == (model.init_from is None):
-        raise UserError(
-            "model: give either config (shapes, to train from scratch) or init_from (a Hugging Face folder), "
-            f"{'not both' if model.config else 'neither is there'}"
-        )
     if model.init_from is not None:
-        return family.from_hf(read_hf_config(model.init_from))
-    return validated(family.config_class, family.complete(model.config or {}, tokenizer), "model.config")
+        own = dataclasses.asdict(family.from_hf(read_hf_config(model.init_from)))
+        checked = validated(family.config_class, {**own, **(model.config or {})}, "model.config")
+        pieces = {piece for pieces in family.weights(checked).values() for piece in pieces}
+        HuggingFaceFolder(model.init_from).check(pieces)
+        return checked
+    if model.config is None:
+        raise UserError(
+            "model: give config (shapes, to train from scratch) or init_from (a Hugging Face folder); neither is there"
+        )
+    return validated(family.config_class, family.complete(model.config, tokenizer), "model.config")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tetrascope.engine.logical import Shard
 from tetrascope.errors import UserError
+from tetrascope.models.weights import HFTensor
 
 Source = Callable[[Shard], Tensor]
 """A shard (name, offset, shape of its rectangle) -> the numbers that belong in it."""
@@ -81,9 +82,19 @@ class HuggingFaceFolder:
                 raise UserError(f"{self.folder / file}: cannot be read ({error}); copy it again") from error
         return self._files[file]
 
-    def config(self) -> dict[str, Any]:
-        """The contents of config.json."""
-        return read_hf_config(self.folder)
+    def check(self, tensors: Iterable[HFTensor]) -> None:
+        """Raises UserError unless the folder holds just these tensors, in these shapes. Reads headers only."""
+        expected = {tensor.name: tensor.shape for tensor in tensors}
+        missing, unread = sorted(expected.keys() - self._where), sorted(self._where.keys() - expected)
+        if missing or unread:
+            parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"holds {_some(unread)} besides"] * bool(unread)
+            raise UserError(
+                f"model.init_from: {self.folder} {' and '.join(parts)}; it belongs to another model or is incomplete"
+            )
+        for name, shape in expected.items():
+            found = tuple(self._open(self._where[name]).get_slice(name).get_shape())
+            if found != shape:
+                raise UserError(f"{self.folder}: {name} has shape {found}, the configuration expects {shape}")
 
     def __call__(self, shard: Shard) -> Tensor:
         if shard.name not in self._where:
@@ -97,6 +108,11 @@ class HuggingFaceFolder:
         if shape != shard.shape:
             raise UserError(f"{self.folder}: {shard.name} has shape {shape}, the configuration expects {shard.shape}")
         return view[tuple(slice(o, o + n) for o, n in zip(shard.offset, shard.tensor.shape, strict=True))]
+
+
+def _some(names: list[str]) -> str:
+    """The first of many names."""
+    return f"{len(names)} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
