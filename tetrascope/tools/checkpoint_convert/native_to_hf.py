@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def _write_tensors(checkpoint: Path, folder: Path, tensors: list[HFTensor], dtyp
     for number, group in enumerate(files, start=1):
         name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         loaded = {tensor.name: torch.empty(tensor.matrix) for tensor in group}
-        load(dict(loaded), storage_reader=FileSystemReader(checkpoint), planner=DefaultLoadPlanner(), no_dist=True)
+        with warnings.catch_warnings():  # that there is no process group is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(dict(loaded), storage_reader=FileSystemReader(checkpoint), planner=DefaultLoadPlanner(), no_dist=True)
         written = {tensor.name: loaded[tensor.name].view(tensor.shape).to(dtype) for tensor in group}
         save_file(written, str(folder / name), metadata={"format": "pt"})
         where.update(dict.fromkeys(written, name))
