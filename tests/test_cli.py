@@ -43,6 +43,7 @@ BAD: list[tuple[str, dict[str, Any], list[str], str]] = [
     ("no tokenizer", {"data": {"tokenizer": "nowhere"}}, [], "data.tokenizer: nowhere is not a folder"),
     ("no model", {"model": {"config": None}}, [], "give config (shapes, to train from scratch) or init_from"),
     ("no folder", {"model": {"init_from": "here"}}, [], "here/config.json: cannot be read"),
+    ("output", {"output": {"dir": "/dev/null/run"}}, [], "output.dir: /dev/null/run cannot be written"),
     ("lr", {"optimizer": {"lr": -1}}, [], "'optimizer.lr' is -1: input should be greater than 0"),
 ]
 
@@ -61,6 +62,17 @@ def test_bad_configuration(
     assert code == 2
     assert message in err
     assert err.count("\n") == 1 and "Traceback" not in err, err
+
+
+def test_export_folder_that_is_something_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Found before the training, not after it."""
+    config = write_config(tmp_path)
+    (tmp_path / "run" / "hf").mkdir(parents=True)
+    (tmp_path / "run" / "hf" / "notes.txt").touch()
+    code, err = run_here(monkeypatch, capsys, "train", str(config))
+    assert (code, "exists and is no Hugging Face folder" in err) == (2, True)
 
 
 def test_missing_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,6 +147,25 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"step-{taken:06d}, step {taken}" in done.stderr
     assert _steps(out) == list(range(1, taken + 3))
+
+
+def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
+    """As the kernel does when memory runs out: nothing in the rank itself can report it."""
+    config = write_config(tmp_path, parallel={"tp": 2}, train={"steps": 100000})
+    process = subprocess.Popen(
+        _command("train", str(config)), env=_environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while len(_steps(tmp_path / "run")) < 2:
+        assert time.monotonic() < deadline and process.poll() is None, "training did not start"
+        time.sleep(0.1)
+    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    ranks = [int(line.split()[0]) for line in children.stdout.splitlines() if " train " in line]
+    assert len(ranks) == 2, children.stdout
+    os.kill(ranks[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert "was ended by signal 9 (out of memory?)" in err
 
 
 def test_torchrun_and_export(tmp_path: Path) -> None:

@@ -37,22 +37,24 @@ def train(
     from tetrascope.engine.config import load_config
     from tetrascope.engine.launch import INTERRUPTED, launch, launched, world_from_environment
     from tetrascope.engine.setup import prepare
+    from tetrascope.tools.checkpoint_convert.native_to_hf import check_destination, native_to_hf
 
     loaded = load_config(config, overrides)
     setup = prepare(loaded, world_from_environment())
+    hf_folder = loaded.output.dir / "hf"
+    if loaded.output.export_hf:
+        check_destination(hf_folder)
     if not launched():
         flags = ["--resume"] if resume else []
         raise typer.Exit(launch(["train", str(config), *(overrides or []), *flags], setup.layout.world, loaded))
     from tetrascope.engine.trainer import train as run
-    from tetrascope.tools.checkpoint_convert.native_to_hf import native_to_hf
 
     outcome = run(setup, resume)
     if outcome.interrupted:
-        raise typer.Exit(0 if setup.layout.world > 1 else INTERRUPTED)
+        raise typer.Exit(INTERRUPTED)
     if loaded.output.export_hf and os.environ["RANK"] == "0":
-        folder = loaded.output.dir / "hf"
-        native_to_hf(outcome.checkpoint, folder, loaded.train.dtype)
-        print(f"exported for transformers: {folder}", file=sys.stderr)
+        native_to_hf(outcome.checkpoint, hf_folder, loaded.train.dtype)
+        print(f"exported for transformers: {hf_folder}", file=sys.stderr)
 
 
 @app.command()
@@ -61,13 +63,14 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[str, typer.Option(help="Format to write: hf.")] = "hf",
     dtype: Annotated[str, typer.Option(help="Type of the written tensors.")] = "float32",
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, if not where the run had it.")] = None,
 ) -> None:
     """Convert a checkpoint."""
     from tetrascope.tools.checkpoint_convert.native_to_hf import native_to_hf
 
     if to != "hf":
         raise UserError(f"--to: unknown format {to!r}; this version writes hf")
-    native_to_hf(source, destination, dtype)
+    native_to_hf(source, destination, dtype, tokenizer)
     print(f"wrote {destination}")
 
 

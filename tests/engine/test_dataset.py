@@ -98,7 +98,7 @@ def test_patches_are_the_processors_of_the_rgb_picture(folder: Folder) -> None:
     dataset = folder.open()
     for rows, name in zip(dataset.patches(0), names, strict=True):
         with Image.open(folder.root / name) as image:
-            expected = dataset.processor.patches(image.convert("RGB"))
+            expected = dataset._processor.patches(image.convert("RGB"))
         assert np.array_equal(rows, expected) and rows.std() > 0.5
 
 

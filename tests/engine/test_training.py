@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.engine.train_jobs import run_steps
+from tests.engine.train_jobs import folder_of_its_own, resume_line, run_steps
 from tests.tiny import write_config
+from tetrascope.engine.checkpoint import latest_checkpoint
 from tetrascope.tools.checkpoint_convert.native_to_hf import native_to_hf
 from tetrascope.tools.verify.pool import RankFailure, WorkerPool
 
@@ -87,6 +88,43 @@ def test_training_starts_from_a_hugging_face_folder(pool: WorkerPool, config: Pa
     assert _losses(four) == pytest.approx(_losses(one), rel=RELATIVE), CONTEXT
 
 
+def test_a_checkpoint_of_another_model_or_with_a_hole_is_named(
+    pool: WorkerPool, config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run_in(pool, config, out, ["parallel.pp=2"], 2, stop=1)
+    with pytest.raises(RankFailure, match=r"UserError: .*step-000001: expected .* it belongs to another model config"):
+        run_in(pool, config, out, ["parallel.pp=2", "model.config.decoder.intermediate=64"], 2, resume=True)
+    largest = max((out / "checkpoints" / "step-000001").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(b"")
+    with pytest.raises(RankFailure, match=r"UserError: .*step-000001: damaged .* go on from an older one"):
+        run_in(pool, config, out, ["parallel.pp=2"], 2, resume=True)
+
+
+def test_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
+    for name in ("step-999000", "step-1000000", "step-2000000-copy", "step-zzz"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").touch()
+    (tmp_path / "step-3000000").mkdir()  # no state.json: not whole
+    found = latest_checkpoint(tmp_path)
+    assert found is not None and found.name == "step-1000000"
+
+
+def test_resume_says_when_the_order_of_samples_changes(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
+    run_in(pool, config, tmp_path / "run", [], 1, stop=1)
+    (line,) = pool.run(resume_line, config, [f"output.dir={tmp_path / 'run'}", "train.seed=5"], world=1)
+    assert "train.seed was 0, is 5: samples come in another order" in line
+    (line,) = pool.run(resume_line, config, [f"output.dir={tmp_path / 'run'}", "optimizer.lr=5"], world=1)
+    assert "step-000001, step 1" in line and "note" not in line
+
+
+def test_ranks_that_do_not_share_the_output_folder_refuse(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
+    """As on two nodes without common storage; all ranks must refuse, not only the one that does not see it."""
+    with pytest.raises(RankFailure, match="must be on storage that all nodes share") as failure:
+        pool.run(folder_of_its_own, tmp_path, world=2)
+    assert str(failure.value).count("must be on storage that all nodes share") >= 2
+
+
 def _truncate(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:-2000])  # the header stays whole
@@ -102,7 +140,8 @@ def test_unreadable_image_is_skipped_on_all_ranks(pool: WorkerPool, config: Path
     one = run_in(pool, config, tmp_path / "one", [], 1, stop=3)
     split = run_in(pool, config, tmp_path / "split", ["parallel.dp=2", "parallel.pp=2"], 4, stop=3)
     assert [s["skipped"] for s in one][-1] == 1, "three steps of eight see all 24 samples"
-    assert "s7" in str(one[-1]["skipped_names"])
+    assert "s7" in str(one[-1]["skipped_names"]) and "7.png" in str(one[-1]["skipped_names"])
+    assert split[-1]["skipped_names"] == one[-1]["skipped_names"], "all ranks know why, whichever decoded it"
     assert _losses(split) == pytest.approx(_losses(one), rel=RELATIVE)
     assert _losses(one) != pytest.approx(_losses(clean), rel=1e-4)
 

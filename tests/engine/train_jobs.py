@@ -7,9 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tetrascope.engine.checkpoint import latest_checkpoint
 from tetrascope.engine.config import load_config
 from tetrascope.engine.setup import prepare
+from tetrascope.engine.storage import from_rank_0
 from tetrascope.engine.trainer import Trainer
 
 
@@ -25,3 +28,18 @@ def run_steps(config: Path, overrides: list[str], stop_after: int, resume: bool)
     trainer.close()
     found = latest_checkpoint(trainer.checkpoints)
     return [{**s, "checkpoint": str(found), "skipped_names": sorted(trainer.skipped.values())} for s in stats]
+
+
+def resume_line(config: Path, overrides: list[str]) -> str:
+    """What a resumed run says of where it goes on."""
+    trainer = Trainer(prepare(load_config(config, overrides), int(os.environ["WORLD_SIZE"])))
+    line = trainer.start(resume=True)
+    trainer.close()
+    return line
+
+
+def folder_of_its_own(root: Path) -> str | None:
+    """Asks rank 0 about a folder that is another one on every rank."""
+    folder = root / os.environ["RANK"]
+    folder.mkdir()
+    return from_rank_0("step-000001", folder, torch.device("cpu"))

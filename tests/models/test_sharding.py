@@ -8,14 +8,14 @@ from tetrascope.errors import UserError
 from tetrascope.models.sharding import Replicated, Row, ShardingTable, Vocab, rule_for
 
 TABLE: ShardingTable = [
-    (r"embed", Vocab(10)),
+    (r"embed", Vocab()),
     (r"layers\.\d+\.down", Row()),
     (r"layers\.\d+\..*", Replicated()),
 ]
 
 
 def test_the_rule_that_matches_the_whole_name() -> None:
-    assert rule_for(TABLE, "embed") == Vocab(10)
+    assert rule_for(TABLE, "embed") == Vocab()
     assert rule_for(TABLE, "layers.12.norm") == Replicated()
 
 

@@ -16,7 +16,7 @@ def reference(world: int, clip: float | None) -> tuple[list[torch.Tensor], list[
     params = [nn.Parameter(value) for value in start()]
     groups = [
         {"params": [params[0], params[2]], "lr": LR, "weight_decay": 0.1},
-        {"params": [params[1]], "lr": 2 * LR, "weight_decay": 0.0},
+        {"params": [params[1]], "lr": LR, "weight_decay": 0.0},
     ]
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, foreach=False)
     norms = []

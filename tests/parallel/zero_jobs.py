@@ -33,15 +33,16 @@ def zero_steps(
     mesh = Mesh(Layout(dp=dist.get_world_size()), "cpu")
     params = [nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape in SHAPES]
     specs = [
-        GroupSpec({"0": params[0], "2": params[2]}, 1.0, 0.1, partial=False, tied=False, counted=True),
-        GroupSpec({"1": params[1]}, 2.0, 0.0, partial=False, tied=False, counted=True),
+        GroupSpec({"0": params[0], "2": params[2]}, 0.1, partial=False, tied=False, counted=True),
+        GroupSpec({"1": params[1]}, 0.0, partial=False, tied=False, counted=True),
     ]
     optimizer = ZeroAdamW(specs, mesh, torch.device("cpu"), lr, (0.9, 0.95), 1e-8, clip)
-    with torch.no_grad():
-        for param, value in zip(params, start(), strict=True):
-            param.copy_(value)
+    values = dict(zip("012", start(), strict=True))
     for group in optimizer.groups:
-        group.load_masters()
+        whole = torch.cat([values[name].view(-1) for name in group.spans])
+        mine = whole[group.start : group.start + group.share]
+        group.master.data[: len(mine)] = mine
+        group.publish()
     norms = []
     for step in range(steps):
         optimizer.zero_grad()

@@ -124,7 +124,6 @@ class StageModel:
 
     def group_specs(self, weight_decay: float) -> list[GroupSpec]:
         """Parameters by how they are updated and reduced: decay for matrices only, replicated or divided, tied."""
-        mesh = self.mesh
         tied = self._tied_across_stages()
         groups: dict[tuple[bool, bool, bool], dict[str, nn.Parameter]] = {}
         for name, placed in self.placed.items():
@@ -133,20 +132,25 @@ class StageModel:
         return [
             GroupSpec(
                 params=params,
-                lr_scale=1.0,
                 weight_decay=weight_decay if decay else 0.0,
                 partial=replicated,
                 tied=is_tied,
-                counted=not (replicated and mesh.index("tp") > 0) and not (is_tied and not mesh.first_stage),
+                counted=self.owns(next(iter(params))),
             )
             for (is_tied, replicated, decay), params in sorted(groups.items())
         ]
 
     def _tied_across_stages(self) -> str | None:
-        """The parameter of this stage that has its copy on another one."""
-        if not self.config.decoder.tied_embeddings or self.mesh.layout.pp == 1:
-            return None
-        return "embed.weight" if self.mesh.first_stage else "head.weight" if self.mesh.last_stage else None
+        """The parameter of this stage that is made of the same logical tensors as one on another stage."""
+        for name in self.placed:
+            twins = [twin for twin, pieces in self._weights.items() if twin != name and pieces == self._weights[name]]
+            if twins and not self.module_has(twins[0]):
+                return name
+        return None
+
+    def module_has(self, name: str) -> bool:
+        """Whether this stage has a parameter of that name, tied ones included."""
+        return name in dict(self.module.named_parameters(remove_duplicate=False))
 
     def owns(self, name: str) -> bool:
         """Whether this rank is the one that saves a parameter, among those that hold the same part of it."""
@@ -170,11 +174,10 @@ class StageModel:
                     yield name, shard
 
     def load(self, source: Source, optimizer: ZeroAdamW) -> None:
-        """Fills all parameters of this rank, and the optimizer's masters."""
+        """Fills the masters from a source, each rank its own share, and from them the parameters of all ranks."""
         for group in optimizer.groups:
-            for name in group.spans:
-                fill(self.shards(name, 0, self.placed[name].param.data.view(-1)), source)
-            group.load_masters()
+            fill((shard for _, shard in self.flat_shards(group, group.master.data)), source)
+            group.publish()
 
 
 def build_optimizer(model: StageModel, options: OptimizerSection, device: torch.device) -> ZeroAdamW:

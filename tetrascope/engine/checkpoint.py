@@ -9,6 +9,8 @@ complete: a folder with a final name is whole.
 from __future__ import annotations
 
 import json
+import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,11 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter, load, save
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
@@ -82,20 +83,14 @@ class _ShardLoadPlanner(DefaultLoadPlanner):
         self._shards = {_index(shard): shard for shard in shards}
 
     def create_local_plan(self) -> LoadPlan:
-        metadata: Metadata | None = self.metadata
-        if metadata is None:
-            raise UserError("checkpoint: its .metadata file is missing; use another checkpoint")
-        items = []
-        for shard in self._shards.values():
-            saved = metadata.state_dict_metadata.get(shard.name)
-            if not isinstance(saved, TensorStorageMetadata) or tuple(saved.size) != shard.shape:
-                found = f"shape {tuple(saved.size)}" if isinstance(saved, TensorStorageMetadata) else "nothing"
-                raise UserError(
-                    f"checkpoint: expected {shard.name} with shape {shard.shape}, found {found}; "
-                    "the checkpoint belongs to another model configuration"
-                )
-            items += create_read_items_for_chunk_list(shard.name, saved, [_chunk(shard)])
-        return LoadPlan(items)
+        saved: dict[str, Any] = self.metadata.state_dict_metadata if self.metadata else {}
+        return LoadPlan(
+            [
+                item
+                for shard in self._shards.values()
+                for item in create_read_items_for_chunk_list(shard.name, saved[shard.name], [_chunk(shard)])
+            ]
+        )
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         return self._shards[MetadataIndex(index.fqn, index.offset)].tensor.detach()
@@ -138,8 +133,12 @@ def save_checkpoint(
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in a folder of checkpoints, or None."""
-    found = sorted(path for path in folder.glob("step-*") if (path / STATE_FILE).exists())
-    return found[-1] if found else None
+    found = {
+        int(match[1]): path
+        for path in folder.glob("step-*")
+        if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / STATE_FILE).exists()
+    }
+    return found[max(found)] if found else None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -153,11 +152,44 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def _check_shapes(checkpoint: Path, shards: list[Shard]) -> None:
+    """Raises UserError unless the checkpoint holds the shards' tensors in their shapes."""
+    try:
+        saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(_damaged(checkpoint, f".metadata: {error!r}")) from error
+    for shard in shards:
+        entry = saved.get(shard.name)
+        if not isinstance(entry, TensorStorageMetadata) or tuple(entry.size) != shard.shape:
+            found = f"shape {tuple(entry.size)}" if isinstance(entry, TensorStorageMetadata) else "nothing"
+            raise UserError(
+                f"{checkpoint}: expected {shard.name} with shape {shard.shape}, found {found}; "
+                "it belongs to another model configuration"
+            )
+
+
+def _damaged(checkpoint: Path, what: str) -> str:
+    return f"{checkpoint}: damaged ({what}); remove it to go on from an older one"
+
+
+def _first_cause(error: CheckpointException) -> str:
+    """What went wrong on the first rank that failed; the exception itself holds every rank's traceback."""
+    rank, (cause, _) = min(error.failures.items())
+    return f"rank {rank}: {cause!r}"
+
+
 def load_checkpoint(checkpoint: Path, model: StageModel, optimizer: ZeroAdamW) -> int:
-    """Loads weights and optimizer state, saved in any layout; every rank calls it. Returns the steps taken."""
+    """Loads weights and optimizer state, saved in any layout; every rank calls it. Returns the steps taken.
+
+    Raises UserError when the checkpoint is of another model or its files are damaged.
+    """
     step = int(read_state(checkpoint)["step"])
-    planner = _ShardLoadPlanner(list(_state_shards(model, optimizer, owned_only=False)))
-    load({}, storage_reader=FileSystemReader(checkpoint), planner=planner)
+    shards = list(_state_shards(model, optimizer, owned_only=False))
+    _check_shapes(checkpoint, shards)
+    try:
+        load({}, storage_reader=FileSystemReader(checkpoint), planner=_ShardLoadPlanner(shards))
+    except CheckpointException as error:
+        raise UserError(_damaged(checkpoint, _first_cause(error))) from error
     optimizer.set_step(step)
     for group in optimizer.groups:
         group.publish()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import tempfile
 import uuid
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -22,7 +25,9 @@ ERRORS = "TETRASCOPE_ERROR_DIR"
 """Environment variable: where the ranks leave their messages for the process that started them."""
 
 SAVE_SECONDS = 600
-"""How long the ranks may take to end their step and save after Ctrl-C."""
+"""How long the ranks may take to end their step and save after Ctrl-C (torch 2.11 allows no choice: 30 s there)."""
+
+LOOPBACK = "127.0.0.1"
 
 
 def launched() -> bool:
@@ -50,10 +55,12 @@ def report(message: str) -> None:
 
 
 def launch(arguments: list[str], ranks: int, config: Config) -> int:
-    """Runs `python -m tetrascope ARGUMENTS` as `ranks` ranks; returns the exit code.
+    """Runs `python -m tetrascope ARGUMENTS` as `ranks` ranks; returns the exit code, 2 for bad input.
 
-    A rank that fails has reported why; the launcher's own report would only bury that.
+    A rank that fails has reported why, and one that was killed is named here; the launcher's own report would only
+    bury that.
     """
+    keep_gloo_on_loopback(os.environ)
     os.environ["OMP_NUM_THREADS"] = str(config.train.threads)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as errors:
@@ -64,24 +71,38 @@ def launch(arguments: list[str], ranks: int, config: Config) -> int:
             return INTERRUPTED
         except ChildFailedError as error:
             messages = sorted(Path(errors).iterdir(), key=lambda path: path.stat().st_mtime_ns)
-            if messages:
+            if messages:  # others may have failed after it, at connections that it closed
                 print(f"error: {messages[0].read_text()}", file=sys.stderr)
-            code: int = error.get_first_failure()[1].exitcode
-            return code if code > 0 else 1
+                return 2
+            rank, failure = error.get_first_failure()
+            if failure.exitcode < 0:
+                print(f"error: rank {rank} was ended by signal {-failure.exitcode} (out of memory?)", file=sys.stderr)
+            return failure.exitcode if failure.exitcode > 0 else 1
         finally:
             del os.environ[ERRORS]
     return 0
 
 
+def keep_gloo_on_loopback(environment: MutableMapping[str, str]) -> None:
+    """For ranks on one machine: its host name may not resolve, and a firewall may stand before other interfaces."""
+    loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+    if loopback:
+        environment.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
+
+
 def _local(ranks: int) -> LaunchConfig:
+    options: dict[str, Any] = {}
+    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:
+        options["shutdown_timeout"] = SAVE_SECONDS
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
+        rdzv_endpoint=f"{LOOPBACK}:0",
+        local_addr=LOOPBACK,
         max_restarts=0,
         monitor_interval=0.1,
-        shutdown_timeout=SAVE_SECONDS,
+        **options,
     )

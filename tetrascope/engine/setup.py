@@ -10,6 +10,7 @@ from tetrascope.engine.build import check_layout
 from tetrascope.engine.config import Config, validated
 from tetrascope.engine.data.dataset import load_tokenizer
 from tetrascope.engine.source import HuggingFaceFolder, Source, random_source, read_hf_config
+from tetrascope.engine.storage import check_writable
 from tetrascope.errors import UserError
 from tetrascope.models.family import Family, get_family
 from tetrascope.models.layers.attention import AttentionFn, pick_attention
@@ -64,6 +65,7 @@ def prepare(config: Config, world: int | None) -> Setup:
         raise UserError(
             f"data.min_pixels: {config.data.min_pixels} is more than data.max_pixels={config.data.max_pixels}; lower it"
         )
+    check_writable(config.output.dir)
     tokenizer = load_tokenizer(config.data.tokenizer)
     model_config = _model_config(config, family, tokenizer)
     if len(tokenizer) > model_config.decoder.vocab:
@@ -77,11 +79,21 @@ def prepare(config: Config, world: int | None) -> Setup:
     return Setup(config, family, model_config, tokenizer, layout, schedule, pick_attention(config.kernels.attention))
 
 
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with single keys changed, inside its sections too."""
+    both = {key: _merged(base[key], value) for key, value in changes.items() if _sections(base.get(key), value)}
+    return {**base, **changes, **both}
+
+
+def _sections(*values: object) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
 def _model_config(config: Config, family: Family, tokenizer: Any) -> Any:
     model = config.model
     if model.init_from is not None:
         own = dataclasses.asdict(family.from_hf(read_hf_config(model.init_from)))
-        checked = validated(family.config_class, {**own, **(model.config or {})}, "model.config")
+        checked = validated(family.config_class, _merged(own, model.config or {}), "model.config")
         pieces = {piece for pieces in family.weights(checked).values() for piece in pieces}
         HuggingFaceFolder(model.init_from).check(pieces)
         return checked

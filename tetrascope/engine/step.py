@@ -32,8 +32,8 @@ def forward_backward(
 ) -> Tensor:
     """Gradients of the global loss accumulate in the flat buffers, still to be reduced over the ranks.
 
-    Returns this rank's part of the loss, fp32 scalar: zero but on the last stage, where the data-parallel ranks'
-    parts add up to the loss.
+    Returns this rank's part of the loss, fp32 scalar: the parts of all ranks add up to it. They are zero but on the
+    last stage, and there on one of the tensor-parallel ranks, which all computed the same.
     """
     mesh = model.mesh
 
@@ -45,4 +45,6 @@ def forward_backward(
     shapes = [(b.inputs.documents.total // mesh.size("tp"), width) for b in batches]
     dtype = next(iter(model.placed.values())).param.dtype
     losses = execute(schedule[mesh.index("pp")], forward, shapes, dtype, mesh)
-    return torch.stack(losses).sum() if losses else torch.zeros((), device=mesh.device)
+    if not losses or mesh.index("tp"):
+        return torch.zeros((), device=mesh.device)
+    return torch.stack(losses).sum()

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from tetrascope.engine import flops
 from tetrascope.engine.build import StageModel, build_optimizer
-from tetrascope.engine.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from tetrascope.engine.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from tetrascope.engine.config import Config, validated
 from tetrascope.engine.data.collate import MicroBatch
 from tetrascope.engine.data.dataset import Dataset
 from tetrascope.engine.data.loader import Loader, StepData
@@ -23,6 +24,7 @@ from tetrascope.engine.metrics import MetricsLog
 from tetrascope.engine.plan import Planner, StepPlan
 from tetrascope.engine.setup import Setup
 from tetrascope.engine.step import forward_backward
+from tetrascope.engine.storage import from_rank_0
 from tetrascope.errors import UserError
 from tetrascope.parallel.mesh import Mesh
 
@@ -113,19 +115,22 @@ class Trainer:
     def start(self, resume: bool) -> str:
         """Fills the weights, from the newest checkpoint or from the run's source. Returns a line that says which.
 
-        Raises UserError when there are checkpoints but the run is not meant to go on.
+        Raises UserError when there are checkpoints but the run is not meant to go on, or when the ranks do not share
+        the output folder.
         """
-        found = latest_checkpoint(self.checkpoints)
-        if found is not None and not resume:
+        newest = latest_checkpoint(self.checkpoints)
+        agreed = from_rank_0(newest.name if newest else None, self.config.output.dir, self.device)
+        found = agreed and self.checkpoints / agreed
+        if found and not resume:
             raise UserError(
                 f"output.dir: {self.config.output.dir} already holds {found.name}; add --resume to go on from it, "
                 "or choose another output.dir"
             )
-        if found is None:
+        if not found:
             self.model.load(self.setup.source(), self.optimizer)
             return f"starting from {self.config.model.init_from or 'random weights'}"
         self.step_number = load_checkpoint(found, self.model, self.optimizer)
-        return f"going on from {found}, step {self.step_number}"
+        return f"going on from {found}, step {self.step_number}{_changed_order(found, self.config)}"
 
     def step(self, last: bool) -> StepStats:
         """Takes one optimizer step; `last`: none will follow, do not prepare one.
@@ -142,8 +147,6 @@ class Trainer:
             raise UserError(f"step {self.step_number + 1}: none of its samples could be read; check the images")
         self.optimizer.zero_grad()
         loss = forward_backward(self.model, self.setup.schedule, data.batches, total_weight)
-        if self.mesh.index("tp"):
-            loss.zero_()  # the tensor-parallel ranks of the last stage all hold the same loss
         norm = self.optimizer.reduce()
         lr = learning_rate(self.config.optimizer, self.step_number, self.config.train.steps)
         self.optimizer.step(lr, norm)
@@ -159,12 +162,12 @@ class Trainer:
             flags[plan.place(sample)] = 1
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         bad = {plan.samples[i] for i in flags.nonzero().flatten().tolist()}
+        if bad:
+            self._remember_reasons(data.failures)
         for batch, micro in zip(data.batches, plan.micro_batches[self.mesh.index("dp")], strict=True):
             for place, sample in enumerate(micro.samples):
                 if sample in bad:
                     _take_weight(batch, place)
-        for sample in sorted(bad):
-            self.skipped[sample] = data.failures.get(sample, f"sample {self.dataset.samples[sample].name}")
         if len(self.skipped) > self.config.data.max_bad_samples:
             raise UserError(
                 f"rank {self.mesh.rank}: {len(self.skipped)} samples could not be read, more than "
@@ -172,6 +175,13 @@ class Trainer:
                 "Repair the images or raise the limit"
             )
         return [sample for sample in plan.samples if sample not in bad]
+
+    def _remember_reasons(self, failures: dict[int, str]) -> None:
+        """Tells all ranks why samples were skipped: only the ranks that decode them know."""
+        of_ranks: list[dict[int, str]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(of_ranks, failures)
+        for reasons in of_ranks:
+            self.skipped.update(sorted(reasons.items()))
 
     def _stats(self, plan: StepPlan, loss: float, norm: float, lr: float, seconds: float, waited: float) -> StepStats:
         infos = [self.dataset.samples[i].info for i in plan.samples]
@@ -200,6 +210,19 @@ class Trainer:
         self.loader.close()
         if self._made_group:
             dist.destroy_process_group()
+
+
+def _changed_order(checkpoint: Path, config: Config) -> str:
+    """A warning when the samples will not come in the order in which the checkpoint's run went through them."""
+    before = validated(Config, read_state(checkpoint)["config"], str(checkpoint))
+    watched = {
+        "batch.samples": (before.batch.samples, config.batch.samples),
+        "train.seed": (before.train.seed, config.train.seed),
+        "data.train": (before.data.train, config.data.train),
+        "data.shuffle": (before.data.shuffle, config.data.shuffle),
+    }
+    changes = [f"{key} was {old}, is {new}" for key, (old, new) in watched.items() if old != new]
+    return f"; note: {', '.join(changes)}: samples come in another order than before" if changes else ""
 
 
 def _take_weight(batch: MicroBatch, place: int) -> None:

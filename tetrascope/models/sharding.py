@@ -33,8 +33,6 @@ class Row:
 class Vocab:
     """Embedding divided by vocabulary rows; a token's vector ends up on the rank that holds the token's share."""
 
-    size: int
-
 
 @dataclass(frozen=True)
 class Replicated:

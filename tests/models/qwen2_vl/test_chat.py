@@ -5,6 +5,7 @@ Golden token by token: what is supervised decides what a model learns, and no sh
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,10 @@ def assistant(*content: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def chat(tokenizer: Any) -> ChatML:
+    return chat_of(tokenizer)
+
+
+def chat_of(tokenizer: Any) -> ChatML:
     config = validated(FAMILY.config_class, FAMILY.complete(SHAPES, tokenizer), "model.config")
     return ChatML(config, tokenizer)
 
@@ -45,7 +50,8 @@ def tokens(chat: ChatML, messages: list[dict[str, Any]], visual: list[int]) -> l
     """(token as text, supervised) of a conversation."""
     ids, supervised = chat.encode(messages, visual)
     assert ids.dtype == np.int64 and supervised.dtype == bool and ids.shape == supervised.shape
-    return [(chat.tokenizer.decode([i]), bool(s)) for i, s in zip(ids, supervised, strict=True)]
+    words = [chat._tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+    return [(word, bool(s)) for word, s in zip(words, supervised, strict=True)]
 
 
 def marked(found: list[tuple[str, bool]]) -> str:
@@ -111,10 +117,10 @@ ANSWERS = ["héllo", "数字 3", "a😀b", "e\u0301", " leading", "trailing ", "
 def test_every_token_of_an_answer_is_supervised(chat: ChatML, answer: str) -> None:
     # Supervision comes from character offsets, which differ from bytes: the supervised tokens must be the answer.
     ids, supervised = chat.encode([user(text("q")), assistant(text(answer))], [])
-    assert chat.tokenizer.decode(ids[supervised]) == answer + "<|im_end|>"
+    assert chat._tokenizer.decode(ids[supervised].tolist(), skip_special_tokens=False) == answer + "<|im_end|>"
 
 
-def test_text_is_what_the_chat_template_gives(chat: ChatML) -> None:
+def test_text_is_what_the_chat_template_gives(tokenizer: Any) -> None:
     # The template is the form in which users of the exported checkpoint will ask; training must not differ from it.
     conversations: list[list[dict[str, Any]]] = [
         [
@@ -131,7 +137,7 @@ def test_text_is_what_the_chat_template_gives(chat: ChatML) -> None:
         [user(text("")), assistant(text(""))],
     ]
     for messages in conversations:
-        assert render(messages)[0] == chat.tokenizer.apply_chat_template(messages, tokenize=False)
+        assert render(messages)[0] == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 @pytest.mark.parametrize(
@@ -173,3 +179,14 @@ def test_a_tokenizer_without_the_special_tokens_is_refused() -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     with pytest.raises(UserError, match=r"data\.tokenizer: has no token <\|image_pad\|>"):
         FAMILY.complete(SHAPES, bare)
+
+
+def test_a_tokenizer_saved_with_truncation_and_padding_cuts_nothing(tokenizer: Any) -> None:
+    messages = [user(text("long " * 50)), assistant(text("end"))]
+    whole, _ = chat_of(tokenizer).encode(messages, [])
+    short = copy.deepcopy(tokenizer)
+    short.backend_tokenizer.enable_truncation(16)
+    short.backend_tokenizer.enable_padding(length=4096)
+    found, _ = chat_of(short).encode(messages, [])
+    assert np.array_equal(found, whole)
+    assert short.backend_tokenizer.truncation is not None, "the tokenizer itself keeps its settings, for the export"

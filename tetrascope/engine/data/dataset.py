@@ -67,10 +67,6 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
-    def processor(self) -> ImageProcessor:
-        return self._processor
-
     def _read(self, path: Path) -> list[Sample]:
         try:
             # Not splitlines: JSON strings may hold other line separators, such as U+2028.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,11 @@ class ChatML:
             config.vision_start_token_id,
             config.vision_end_token_id,
         )
-        self.tokenizer = tokenizer
+        # The tokenizers library's own object: transformers' wrapper around it costs ten times the tokenization. A
+        # copy, since a tokenizer may be saved with a truncation or padding of its own, which must not act here.
+        self._tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
 
     def encode(self, messages: Sequence[dict[str, Any]], visual_tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int64 `[T]` and supervision bool `[T]`; each image placeholder becomes its number of tokens.
@@ -44,8 +49,7 @@ class ChatML:
             text.encode()
         except UnicodeEncodeError as error:  # a JSON escape such as \ud83d without its other half
             raise UserError(f"conversation is not Unicode text ({error.reason}); remove the sample") from error
-        # The tokenizers library's own call: transformers' wrapper around it costs ten times the tokenization.
-        encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
         ids = np.asarray(encoded.ids, dtype=np.int64)
         starts, ends = np.asarray(encoded.offsets, dtype=np.int64).reshape(-1, 2).T
         supervised = np.zeros(len(ids), dtype=bool)

@@ -67,6 +67,7 @@ class Qwen2VLConfig:
     pad_token_id: int
     position_rule: str = "paper"
     initializer_range: float = 0.02
+    max_positions: int = 32768
 
     def __post_init__(self) -> None:
         d, v = self.decoder, self.vision
@@ -138,7 +139,15 @@ def from_hf(raw: dict[str, Any]) -> Qwen2VLConfig:
         raise UserError(f"config.json: rope parameters {rope} must be of type default or mrope, with an mrope_section")
     if text.use_sliding_window:
         raise UserError("config.json: use_sliding_window is true; only full attention is available, set it to false")
+    for what, found, needed in (
+        ("text_config.hidden_act", text.hidden_act, "silu"),
+        ("text_config.attention_dropout", text.attention_dropout, 0),
+        ("vision_config.hidden_act", vision.hidden_act, "quick_gelu"),
+    ):
+        if found != needed:
+            raise UserError(f"config.json: {what} is {found!r}; only {needed!r} is available")
     return Qwen2VLConfig(
+        max_positions=text.max_position_embeddings,
         decoder=Qwen2VLDecoder(
             hidden=text.hidden_size,
             intermediate=text.intermediate_size,
@@ -203,7 +212,7 @@ def to_hf(config: Qwen2VLConfig, dtype: str) -> dict[str, Any]:
             "vocab_size": d.vocab,
             "rms_norm_eps": d.rms_eps,
             "hidden_act": "silu",
-            "max_position_embeddings": 32768,
+            "max_position_embeddings": config.max_positions,
             "initializer_range": config.initializer_range,
             "use_sliding_window": False,
             "tie_word_embeddings": d.tied_embeddings,

@@ -23,7 +23,7 @@ def sharding(config: Qwen2VLConfig) -> ShardingTable:
         (r"vision\.merger\.norm", Replicated()),
         (r"vision\.merger\.fc1", Column((v.merged_width,))),
         (r"vision\.merger\.fc2", Row(scatter=False)),
-        (r"embed", Vocab(d.vocab)),
+        (r"embed", Vocab()),
         (r"layers\.\d+\.(attention|mlp)_norm", Replicated()),
         (r"layers\.\d+\.attention\.qkv", Column(d.qkv_rows)),
         (r"layers\.\d+\.attention\.proj", Row()),

@@ -17,13 +17,12 @@ from tetrascope.parallel.primitives import all_gather, reduce_scatter
 class GroupSpec:
     """Parameters that are updated alike and whose gradients are reduced alike.
 
-    lr_scale, weight_decay: of the optimizer. partial: replicated over tensor-parallel ranks, gradients to be summed
+    weight_decay: of the optimizer. partial: replicated over tensor-parallel ranks, gradients to be summed
     over them. tied: a copy of the same parameters lives on another pipeline stage, gradients to be summed with it.
     counted: whether this rank's copy counts in the gradient norm (one copy of each parameter must).
     """
 
     params: Mapping[str, nn.Parameter]
-    lr_scale: float
     weight_decay: float
     partial: bool
     tied: bool
@@ -82,15 +81,18 @@ class FlatGroup:
 
     def reduce(self, tensor_parallel: dist.ProcessGroup, pipeline_ends: dist.ProcessGroup) -> None:
         """Sums the gradients over everybody who holds a part of them; this rank's share lands in `master.grad`."""
-        if self.spec.partial and tensor_parallel.size() > 1:
-            dist.all_reduce(self.grads, group=tensor_parallel)
-        if self.spec.tied and pipeline_ends.size() > 1:
-            dist.all_reduce(self.grads, group=pipeline_ends)
         if self.data.size() == 1:
-            self.master.grad = self.grads
+            share = self.grads
         else:
-            self.master.grad = torch.empty(self.share, dtype=torch.float32, device=self.grads.device)
-            reduce_scatter(self.master.grad, self.grads, self.data)
+            share = torch.empty(self.share, dtype=torch.float32, device=self.grads.device)
+            reduce_scatter(share, self.grads, self.data)
+        # Last the sums over those who hold the same parameters: one collective gives its result to all of them, so
+        # that copies stay equal whatever order the data-parallel groups of each summed in.
+        if self.spec.partial and tensor_parallel.size() > 1:
+            dist.all_reduce(share, group=tensor_parallel)
+        if self.spec.tied and pipeline_ends.size() > 1:
+            dist.all_reduce(share, group=pipeline_ends)
+        self.master.grad = share
 
     def publish(self) -> None:
         """Makes the parameters of all ranks equal to the masters."""
@@ -99,8 +101,3 @@ class FlatGroup:
             own.copy_(self.master.detach())
         if self.data.size() > 1:
             all_gather(self.params, own.clone(), self.data)
-
-    def load_masters(self) -> None:
-        """Makes the masters equal to the parameters, after the parameters were filled from outside."""
-        if self.params.dtype != torch.float32:
-            self.master.data.copy_(self.params[self._own])

@@ -66,7 +66,7 @@ class ZeroAdamW:
         """Clips to the configured norm, updates the masters, publishes the parameters."""
         scale = None if self._clip is None else (self._clip / (norm + 1e-6)).clamp(max=1.0)
         for group, options in zip(self.groups, self._adam.param_groups, strict=True):
-            options["lr"] = lr * group.spec.lr_scale
+            options["lr"] = lr
             if scale is not None and group.master.grad is not None:
                 group.master.grad.mul_(scale)
         self._adam.step()

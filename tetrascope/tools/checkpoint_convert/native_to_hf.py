@@ -30,11 +30,18 @@ FILE_BYTES = 5 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def native_to_hf(checkpoint: Path, destination: Path, dtype: str) -> None:
+def check_destination(destination: Path) -> None:
+    """Raises UserError when the folder holds something other than a Hugging Face checkpoint to replace."""
+    if destination.exists() and not (destination.is_dir() and (destination / "config.json").exists()):
+        raise UserError(f"{destination}: exists and is no Hugging Face folder; choose another destination")
+
+
+def native_to_hf(checkpoint: Path, destination: Path, dtype: str, tokenizer: Path | None = None) -> None:
     """Writes config.json, safetensors, generation config, tokenizer and preprocessor files to `destination`.
 
-    dtype: of the written tensors, one of DTYPES. The folder gets its final name when it is complete; an older one is
-    replaced. Raises UserError for a folder that is no checkpoint, or a destination that is a checkpoint of ours.
+    dtype: of the written tensors, one of DTYPES. tokenizer: its folder, where it is no longer where the run had it.
+    The folder gets its final name when it is complete; an older one is replaced. Raises UserError for a folder that is
+    no checkpoint, or a destination that is no Hugging Face folder.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype: unknown {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -42,8 +49,7 @@ def native_to_hf(checkpoint: Path, destination: Path, dtype: str) -> None:
     config: Config = validated(Config, state["config"], str(checkpoint))
     family = get_family(state["family"])
     model = validated(family.config_class, state["model"], str(checkpoint))
-    if destination.exists() and not (destination.is_dir() and (destination / "config.json").exists()):
-        raise UserError(f"{destination}: exists and is no Hugging Face folder; choose another destination")
+    check_destination(destination)
     temporary = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -55,7 +61,7 @@ def native_to_hf(checkpoint: Path, destination: Path, dtype: str) -> None:
         temporary / "generation_config.json",
         {"eos_token_id": model.eos_token_id, "pad_token_id": model.pad_token_id, "do_sample": False},
     )
-    load_tokenizer(config.data.tokenizer).save_pretrained(str(temporary))
+    load_tokenizer(tokenizer or config.data.tokenizer).save_pretrained(str(temporary))
     family.image_processor(model, config.data.min_pixels, config.data.max_pixels).save(str(temporary))
     shutil.rmtree(destination, ignore_errors=True)
     temporary.rename(destination)

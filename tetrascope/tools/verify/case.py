@@ -38,8 +38,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a run gives: the loss of every step, gradients of the first, weights after the last (Hugging Face names)."""
+    """What a run gives: logits of the first step, `[T, V]` for each sample of its batch, the loss of every step,
+    gradients of the first, weights after the last (Hugging Face names)."""
 
+    logits: list[Tensor]
     losses: list[float]
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
@@ -53,14 +55,14 @@ to norm 1 and eps 1e-2, an update changes by at most (1 + 1/eps) ≈ 100 times t
 
 def train_reference(
     model: torch.nn.Module,
-    loss_sum: Any,
+    forward: Any,
     batches: Sequence[Sequence[Document]],
     options: OptimizerSection,
     name_on_disk: Any,
 ) -> Numbers:
     """Trains the oracle: gradients of Σ weight·CE / Σ weight over each global batch, torch's own clip and AdamW.
 
-    loss_sum: (model, document) -> Σ weight·CE of one sample. name_on_disk: parameter name -> name in the checkpoint.
+    forward: (model, document) -> logits `[T, V]` of one sample. name_on_disk: parameter name -> name in the checkpoint.
     """
     params = dict(model.named_parameters())
     groups = [
@@ -68,6 +70,7 @@ def train_reference(
         {"params": [p for p in params.values() if p.ndim <= 1], "weight_decay": 0.0},
     ]
     adam = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, foreach=False)
+    first_logits: list[Tensor] = []
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
     for batch in batches:
@@ -76,7 +79,10 @@ def train_reference(
         total = float(sum(d.weights_T[1:].sum() for d in batch))
         loss = 0.0
         for document in batch:
-            part = loss_sum(model, document) / total
+            logits = forward(model, document)
+            if not losses:
+                first_logits.append(logits.detach())
+            part = _loss_sum(logits, document) / total
             part.backward()
             loss += part.item()
         losses.append(loss)
@@ -86,4 +92,11 @@ def train_reference(
             torch.nn.utils.clip_grad_norm_(params.values(), options.clip)
         adam.step()
     weights = {name_on_disk(n): p.detach().clone() for n, p in params.items()}
-    return Numbers(losses, gradients, weights)
+    return Numbers(first_logits, losses, gradients, weights)
+
+
+def _loss_sum(logits_TV: Tensor, document: Document) -> Tensor:
+    """Σ weight·CE of one sample: row i predicts token i+1."""
+    labels = torch.from_numpy(document.ids_T[1:])
+    losses = torch.nn.functional.cross_entropy(logits_TV[:-1], labels, reduction="none")
+    return (losses * torch.from_numpy(document.weights_T[1:])).sum()

@@ -1,10 +1,12 @@
 """The parity certificate: one row a layout, with the largest errors against one process of the reference.
 
-Bounds. All numbers are fp32, unit roundoff u = 6e-8. The loss is a mean over some hundred tokens of values of size 1
-to 10 and agrees to a few u: bound 1e-6. A gradient element is a sum of up to (tokens x width) ≈ 1e4 products taken in
-another order; random rounding leaves √1e4·u ≈ 6e-6 of the tensor's largest element: bound 1e-5. A weight moves by
-AdamW's lr·m/(√v + eps); with gradients clipped to norm 1 that magnifies a relative gradient error by at most
-1 + 1/eps = 101 (see case.py): bound 1e-5 · 101 ≈ 1e-3 of the tensor's largest change.
+Bounds. All numbers are fp32, unit roundoff u = 6e-8. A logit comes out of some 40 matrix products in a row, each a
+sum of about 100 terms: random rounding leaves √(40·100)·u ≈ 4e-6 of the largest: bound 1e-5. The loss is a mean over
+some hundred tokens of values of size 1 to 10 and agrees to a few u: bound 1e-6. A gradient element is a sum of up to
+(tokens x width) ≈ 1e4 products taken in another order; random rounding leaves √1e4·u ≈ 6e-6 of the tensor's largest
+element: bound 1e-5. A weight moves by AdamW's lr·m/(√v + eps); with gradients clipped to norm 1 that magnifies a
+relative gradient error by at most 1 + 1/eps = 101 (see case.py): bound 1e-5 · 101 ≈ 1e-3 of the tensor's largest
+change.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from rich.table import Table
 from tetrascope.tools.verify.case import Case, Numbers
 from tetrascope.tools.verify.layouts import Row
 from tetrascope.tools.verify.pool import RankFailure, WorkerPool
-from tetrascope.tools.verify.run import compare, global_batches, relative_losses, run_layout
+from tetrascope.tools.verify.run import compare, global_batches, logits_error, relative_losses, run_layout
 
+LOGIT_BOUND = 1e-5
 LOSS_BOUND = 1e-6
 GRADIENT_BOUND = 1e-5
 WEIGHT_BOUND = 1e-3
@@ -33,6 +36,7 @@ class Verdict:
     layout: str
     micro_batches: int
     schedule: str
+    logit_error: float
     loss_error: float
     gradient_error: float
     gradient_name: str
@@ -44,6 +48,7 @@ class Verdict:
     def passed(self) -> bool:
         return (
             not self.failure
+            and self.logit_error <= LOGIT_BOUND
             and self.loss_error <= LOSS_BOUND
             and self.gradient_error <= GRADIENT_BOUND
             and self.weight_error <= WEIGHT_BOUND
@@ -60,14 +65,15 @@ def verify_row(pool: WorkerPool, name: str, case: Case, expected: Numbers, row: 
     Raises RankFailure when a rank fails.
     """
     ranks = pool.run(run_layout, case, row.layout, row.micro_batches, row.schedule, world=row.layout.world)
-    gradients = compare([shard for rank in ranks for shard in rank[1]], expected.gradients)
-    weights = compare([shard for rank in ranks for shard in rank[2]], expected.weights, case.weights)
+    gradients = compare([shard for rank in ranks for shard in rank.gradients], expected.gradients)
+    weights = compare([shard for rank in ranks for shard in rank.weights], expected.weights, case.weights)
     worst_gradient = max(gradients, key=gradients.__getitem__)
     worst_weight = max(weights, key=weights.__getitem__)
     return Verdict(
         name,
         *_labels(row),
-        loss_error=max(relative_losses(rank[0], expected) for rank in ranks),
+        logit_error=logits_error([part for rank in ranks for part in rank.logits], expected),
+        loss_error=max(relative_losses(rank.losses, expected) for rank in ranks),
         gradient_error=gradients[worst_gradient],
         gradient_name=worst_gradient,
         weight_error=weights[worst_weight],
@@ -76,10 +82,13 @@ def verify_row(pool: WorkerPool, name: str, case: Case, expected: Numbers, row: 
 
 
 def certify(
-    oracle: Any, rows: list[Row], pool: WorkerPool, on_row: Callable[[Verdict], None] = lambda verdict: None
+    oracle: Any,
+    cases: dict[str, Case],
+    rows: list[Row],
+    pool: WorkerPool,
+    on_row: Callable[[Verdict], None] = lambda verdict: None,
 ) -> list[Verdict]:
     """Verifies a family in every layout; `on_row` is told each verdict as it comes."""
-    cases: dict[str, Case] = oracle.variants()
     verdicts = []
     for name, case in cases.items():
         expected: Numbers = oracle.reference(case, global_batches(case))
@@ -88,7 +97,7 @@ def certify(
                 verdict = verify_row(pool, name, case, expected, row)
             except RankFailure as failure:
                 none = float("inf")
-                verdict = Verdict(name, *_labels(row), none, none, "", none, "", failure=str(failure))
+                verdict = Verdict(name, *_labels(row), none, none, none, "", none, "", failure=str(failure))
             verdicts.append(verdict)
             on_row(verdict)
     return verdicts
@@ -100,9 +109,9 @@ def _labels(row: Row) -> tuple[str, int, str]:
 
 def table(family: str, verdicts: list[Verdict]) -> Table:
     """The certificate for the terminal."""
-    title = f"{family} against transformers in one process, fp32: loss, gradients, weights after 3 AdamW steps"
+    title = f"{family} against transformers in one process, fp32: logits, loss, gradients, weights after 3 AdamW steps"
     out = Table(title=title)
-    for column in ("layout", "head", "m", "schedule", "loss error"):
+    for column in ("layout", "head", "m", "schedule", "logits", "loss"):
         out.add_column(column, no_wrap=True)
     for column in ("worst gradient error", "worst weight error"):
         out.add_column(column, overflow="fold")
@@ -113,10 +122,12 @@ def table(family: str, verdicts: list[Verdict]) -> Table:
             v.case,
             str(v.micro_batches),
             v.schedule,
+            f"{v.logit_error:.1e}",
             f"{v.loss_error:.1e}",
             f"{v.gradient_error:.1e}  {v.gradient_name}",
             f"{v.weight_error:.1e}  {v.weight_name}",
             "[green]equal[/green]" if v.passed else "[red]FAILED[/red]",
         )
-    out.caption = f"bounds: loss {LOSS_BOUND:.0e}, gradients {GRADIENT_BOUND:.0e}, weights {WEIGHT_BOUND:.0e}"
+    bounds = {"logits": LOGIT_BOUND, "loss": LOSS_BOUND, "gradients": GRADIENT_BOUND, "weights": WEIGHT_BOUND}
+    out.caption = "bounds: " + ", ".join(f"{what} {bound:.0e}" for what, bound in bounds.items())
     return out

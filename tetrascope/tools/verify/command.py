@@ -7,7 +7,9 @@ import os
 
 from rich.console import Console
 
+from tetrascope.engine.build import check_layout
 from tetrascope.errors import UserError
+from tetrascope.tools.verify.case import Case
 from tetrascope.tools.verify.certificate import Verdict, certify, table
 from tetrascope.tools.verify.families import get_oracle
 from tetrascope.tools.verify.layouts import ROWS, parse_layouts
@@ -22,10 +24,14 @@ def verify(family: str, layouts: str | None, world: int, as_json: bool) -> int:
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     oracle = get_oracle(family)
-    rows = list(ROWS) if layouts is None else parse_layouts(layouts)
+    cases: dict[str, Case] = oracle.variants()
+    samples = min(case.batch for case in cases.values())
+    rows = list(ROWS) if layouts is None else parse_layouts(layouts, samples)
     if layouts is None:
         rows = [row for row in rows if row.layout.world <= world]
     for row in rows:
+        for case in cases.values():
+            check_layout(case.config, row.layout)
         if row.layout.world > world:
             raise UserError(f"--layouts: {row.layout} needs {row.layout.world} ranks; raise --world from {world}")
     console = Console(stderr=True)
@@ -39,7 +45,7 @@ def verify(family: str, layouts: str | None, world: int, as_json: bool) -> int:
             console.print(verdict.failure, highlight=False, markup=False)
 
     with WorkerPool(size=max(row.layout.world for row in rows)) as pool:
-        verdicts = certify(oracle, rows, pool, told)
+        verdicts = certify(oracle, cases, rows, pool, told)
     if as_json:
         print(json.dumps({"family": family, "rows": [verdict.to_json() for verdict in verdicts]}, indent=1))
     else:

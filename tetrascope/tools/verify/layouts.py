@@ -35,10 +35,11 @@ ROWS = (
 """Every axis alone, each pair, all three; more micro-batches than stages and fewer."""
 
 
-def parse_layouts(text: str) -> list[Row]:
-    """Layouts such as `tp2,pp2dp2,tp2xpp2` with four micro-batches each under 1F1B.
+def parse_layouts(text: str, samples: int) -> list[Row]:
+    """Layouts such as `tp2,pp2dp2,tp2xpp2`, under 1F1B with up to four micro-batches each.
 
-    Raises UserError for an unknown axis or form.
+    samples: in a global batch, which must fill the micro-batches. Raises UserError for an unknown axis or form, or
+    for more data-parallel ranks than samples.
     """
     rows = []
     for word in text.lower().replace("×", "x").split(","):
@@ -49,5 +50,8 @@ def parse_layouts(text: str) -> list[Row]:
         unknown = sorted(set(sizes) - set(AXES))
         if unknown or 0 in sizes.values():
             raise UserError(f"--layouts: {word!r}: axes are {', '.join(AXES)}, sizes at least 1")
-        rows.append(Row(Layout(**sizes), 4, "1f1b"))
+        layout = Layout(**sizes)
+        if layout.dp > samples:
+            raise UserError(f"--layouts: {word!r}: {samples} samples a step cannot feed {layout.dp} ranks")
+        rows.append(Row(layout, min(4, samples // layout.dp), "1f1b"))
     return rows

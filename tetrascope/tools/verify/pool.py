@@ -34,6 +34,7 @@ from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 
+from tetrascope.engine.launch import keep_gloo_on_loopback
 from tetrascope.tools.verify import worker as worker_module
 from tetrascope.tools.verify.worker import LOOPBACK, READY, RELEASE, Job, Outcome, Task, listen, work
 
@@ -362,12 +363,9 @@ def _raised(outcome: Outcome) -> RankReport:
 
 
 def _worker_environment() -> dict[str, str]:
-    """This process's environment, with gloo kept on the loopback interface: a host name may not resolve, and
-    a firewall may stand before the others."""
+    """This process's environment, one OpenMP thread, gloo on the loopback interface."""
     environment = dict(os.environ, OMP_NUM_THREADS="1")
-    loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
-    if loopback:
-        environment.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
+    keep_gloo_on_loopback(environment)
     return environment
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -10,15 +12,16 @@ from torch import Tensor
 
 from tetrascope.engine.build import StageModel, build_optimizer, check_layout
 from tetrascope.engine.config import BatchSection
-from tetrascope.engine.data.collate import Document, collate
+from tetrascope.engine.data.collate import Document, MicroBatch, collate
 from tetrascope.engine.logical import Shard
-from tetrascope.engine.plan import Planner, SampleInfo
+from tetrascope.engine.plan import Planner, SampleInfo, StepPlan
 from tetrascope.engine.source import memory_source
 from tetrascope.engine.step import forward_backward
 from tetrascope.models.family import get_family
 from tetrascope.models.layers.attention import pick_attention
 from tetrascope.parallel.mesh import Layout, Mesh
 from tetrascope.parallel.pipeline.generators import SCHEDULES
+from tetrascope.parallel.tensor.placement import share
 from tetrascope.tools.verify.case import Case, Numbers
 
 
@@ -34,13 +37,23 @@ def global_batches(case: Case) -> list[list[Document]]:
     return [[case.documents[i] for i in one.plan(step).samples] for step in range(case.steps)]
 
 
+@dataclass(frozen=True)
+class RankNumbers:
+    """What one rank has of `Numbers`: every copy that it holds, replicated ones too, so that a drift shows.
+
+    logits: (place in the global batch, first vocabulary id, `[T, V/tp]`) of the samples it computed, last stage only.
+    """
+
+    logits: list[tuple[int, int, Tensor]]
+    losses: list[float]
+    gradients: list[Shard]
+    weights: list[Shard]
+
+
 def run_layout(
     case: Case, layout: Layout, micro_batches: int, schedule_name: str, attention: str = "auto"
-) -> tuple[list[float], list[Shard], list[Shard]]:
-    """One rank of a layout: losses, its shards of the first step's gradients and of the final weights.
-
-    Every copy is returned, replicated ones too, so that a drift between copies shows.
-    """
+) -> RankNumbers:
+    """One rank of a layout: the case trained with the engine's own parts."""
     family = get_family(case.family)
     check_layout(case.config, layout)
     mesh = Mesh(layout, "cpu")
@@ -50,6 +63,7 @@ def run_layout(
     model.load(memory_source(case.weights), optimizer)
     schedule = SCHEDULES[schedule_name](layout.pp, micro_batches)
     plans = planner(case, layout, micro_batches)
+    logits: list[tuple[int, int, Tensor]] = []
     losses: list[float] = []
     gradients: list[Shard] = []
     for step in range(case.steps):
@@ -69,9 +83,10 @@ def run_layout(
             for micro in plan.micro_batches[mesh.index("dp")]
         ]
         optimizer.zero_grad()
-        loss = forward_backward(model, schedule, batches, total)
-        if mesh.index("tp"):
-            loss.zero_()  # the tensor-parallel ranks of the last stage all hold the same loss
+        with _head_outputs(model) as outputs:
+            loss = forward_backward(model, schedule, batches, total)
+        if step == 0:
+            logits = _logits_by_sample(model, plan, batches, outputs)
         dist.all_reduce(loss)
         losses.append(loss.item())
         norm = optimizer.reduce()
@@ -89,7 +104,46 @@ def run_layout(
         for name in group.spans
         for shard in model.shards(name, 0, model.placed[name].param.data.view(-1))
     )
-    return losses, gradients, weights
+    return RankNumbers(logits, losses, gradients, weights)
+
+
+@contextlib.contextmanager
+def _head_outputs(model: StageModel) -> Iterator[list[Tensor]]:
+    """Collects the logits of the micro-batches, in the order of their forwards; empty but on the last stage."""
+    outputs: list[Tensor] = []
+    if not model.mesh.last_stage:
+        yield outputs
+        return
+    handle = model.module.register_forward_hook(lambda module, inputs, out: outputs.append(out.detach()))
+    yield outputs
+    handle.remove()
+
+
+def _logits_by_sample(
+    model: StageModel, plan: StepPlan, batches: Sequence[MicroBatch], outputs: Sequence[Tensor]
+) -> list[tuple[int, int, Tensor]]:
+    """Cuts packed logits into samples. All schedules run the forwards of a stage in the order of the micro-batches."""
+    mesh = model.mesh
+    first = share(model.config.decoder.vocab, mesh.size("tp"), mesh.index("tp")).start
+    found = []
+    for micro, batch, out in zip(plan.micro_batches[mesh.index("dp")], batches, outputs, strict=False):
+        offsets = batch.inputs.documents.offsets
+        for i, sample in enumerate(micro.samples):
+            found.append((plan.place(sample), first, out[offsets[i] : offsets[i + 1]].clone()))
+    return found
+
+
+def logits_error(parts: Sequence[tuple[int, int, Tensor]], expected: Numbers) -> float:
+    """Largest error of any logit, relative to the largest logit; infinite when one was computed by nobody."""
+    scale = max(tensor.abs().max().item() for tensor in expected.logits)
+    seen = [torch.zeros(tensor.shape, dtype=torch.bool) for tensor in expected.logits]
+    worst = 0.0
+    for place, first, part in parts:
+        columns = slice(first, first + part.shape[1])
+        error = (part - expected.logits[place][:, columns]).abs().max().item() / scale
+        worst = max(worst, error if error == error else float("inf"))
+        seen[place][:, columns] = True
+    return worst if all(mask.all() for mask in seen) else float("inf")
 
 
 def _copies(found: Iterable[Shard]) -> list[Shard]:

@@ -120,16 +120,8 @@ def variants() -> dict[str, Case]:
     return {"untied": make_case(), "tied": make_case(tied=True)}
 
 
-def loss_sum(model: Any, document: Document) -> Tensor:
-    """Σ weight·CE of one sample, positions computed by the oracle itself."""
-    logits = forward(model, document)
-    labels = torch.from_numpy(document.ids_T[1:])
-    losses = torch.nn.functional.cross_entropy(logits[:-1], labels, reduction="none")
-    return (losses * torch.from_numpy(document.weights_T[1:])).sum()
-
-
 def forward(model: Any, document: Document, positions: Tensor | None = None) -> Tensor:
-    """Logits `[T, V]` of one sample. positions int64 `[3, T]` override the oracle's own."""
+    """Logits `[T, V]` of one sample. positions int64 `[3, T]` override those that the oracle computes for itself."""
     ids = torch.from_numpy(document.ids_T)[None]
     kinds = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     inputs: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": kinds}
@@ -155,4 +147,4 @@ def reference(case: Case, batches: Sequence[Sequence[Document]]) -> Numbers:
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(case.weights[name_on_disk(name)])
-    return train_reference(model, loss_sum, batches, case.optimizer, name_on_disk)
+    return train_reference(model, forward, batches, case.optimizer, name_on_disk)
