@@ -65,5 +65,5 @@ test: lint
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 clean:
-	@rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf build dist *.egg-info .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find tetrascope tests examples -type d -name __pycache__ -prune -exec rm -rf {} +

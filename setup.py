@@ -30,7 +30,6 @@ DEV_REQUIRES = [
     "mypy",
     "import-linter",
     "types-PyYAML",
-    "hypothesis",
 ]
 
 

@@ -45,7 +45,7 @@ def test_tokens_positions_and_borders() -> None:
     positions = np.concatenate([d.positions_3T for d in packed], axis=1)
     assert torch.equal(batch.inputs.positions_3T, torch.from_numpy(positions))
     assert batch.inputs.documents.lengths == tuple(len(d.ids_T) for d in packed)
-    assert batch.real_tokens == batch.inputs.documents.total
+    assert batch.inputs.documents.total == len(batch.labels_T) == sum(len(d.ids_T) for d in packed)
 
 
 def test_labels_are_the_next_token_of_the_same_document() -> None:
@@ -75,8 +75,7 @@ def test_a_supervised_first_token_is_nobodys_target() -> None:
 def test_padding_is_a_document_of_its_own_without_weight() -> None:
     packed = documents("text and images")
     plain, padded = collated(packed), collated(packed, pad=5)
-    n = plain.real_tokens
-    assert padded.real_tokens == n
+    n = sum(len(d.ids_T) for d in packed)
     assert padded.inputs.documents.lengths == (*plain.inputs.documents.lengths, 5)
     assert padded.inputs.token_ids_T[n:].tolist() == [PAD] * 5
     assert padded.weights_T[n:].tolist() == padded.labels_T[n:].tolist() == [0] * 5
@@ -146,7 +145,8 @@ def test_shares_of_all_ranks_make_the_whole(name: str, tp: int) -> None:
         assert len(held) * tp == len(ids)
         assert all(0 <= row < len(held) for row in v.rows_M.tolist())
         places += [(held.start + row, pick) for row, pick in zip(v.rows_M.tolist(), v.picks_M.tolist(), strict=True)]
-    visual = [row for row, i in enumerate(ids[: batches[0].real_tokens].tolist()) if i in FAMILY.visual_ids(CONFIG)]
+    real = sum(len(d.ids_T) for d in packed)
+    visual = [row for row, i in enumerate(ids[:real].tolist()) if i in FAMILY.visual_ids(CONFIG)]
     assert places == list(zip(visual, range(len(patches) // block), strict=True))
 
     # Tokens, labels and weights are whole on every rank: they are cut later, where they are used.

@@ -39,7 +39,6 @@ class MicroBatch:
     inputs: Inputs
     labels_T: Tensor
     weights_T: Tensor
-    real_tokens: int
 
 
 def collate(
@@ -76,7 +75,7 @@ def collate(
         documents=Packed((*lengths, pad) if pad else tuple(lengths)),
         vision=vision,
     )
-    return MicroBatch(inputs, torch.from_numpy(labels).to(device), torch.from_numpy(weights).to(device), total)
+    return MicroBatch(inputs, torch.from_numpy(labels).to(device), torch.from_numpy(weights).to(device))
 
 
 def _next(x_T: np.ndarray) -> np.ndarray:
