@@ -7,12 +7,22 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINES_EVERY = 20
 """Steps between plain log lines where there is no terminal for a progress bar."""
+
+
+def _opened_after(path: Path, step: int) -> TextIO:
+    """A JSONL file to append to, without the lines of later steps: a run that is gone on with takes them again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    # A crash may have torn the last line.
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.write_text("".join(kept))
+    return path.open("a")
 
 
 class MetricsLog:
@@ -25,7 +35,7 @@ class MetricsLog:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._jsonl = (folder / "metrics.jsonl").open("a")
+        self._jsonl = _opened_after(folder / "metrics.jsonl", start)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
