@@ -157,7 +157,7 @@ def count_shares(progress: float) -> NDArray[np.float64]:
 
     Training reads the file in order. It begins with single digits, then goes over to equal shares: models
     that were given all counts from the start counted within a hundred steps but read few digits for as long as they
-    were tried, 250 to 500 steps; single digits alone are learned in a hundred.
+    were tried, 250 to 850 steps; single digits alone are learned in a hundred.
     """
     mixed = np.clip((progress - SINGLES_UNTIL) / (MIXED_FROM - SINGLES_UNTIL), 0, 1)
     shares = np.full(MOST_DIGITS, mixed / MOST_DIGITS)
