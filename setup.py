@@ -14,6 +14,7 @@ INSTALL_REQUIRES = [
     "tokenizers",
     "safetensors",
     "pillow",
+    "av>=17",
     "numpy",
     "pydantic>=2",
     "typer",

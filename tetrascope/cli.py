@@ -64,13 +64,17 @@ def convert(
     to: Annotated[str, typer.Option(help="Format to write: hf.")] = "hf",
     dtype: Annotated[str, typer.Option(help="Type of the written tensors.")] = "float32",
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, if not where the run had it.")] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Names and arrangement of the tensors.", show_default="the family's first"),
+    ] = None,
 ) -> None:
     """Convert a checkpoint."""
     from tetrascope.tools.checkpoint_convert.native_to_hf import native_to_hf
 
     if to != "hf":
         raise UserError(f"--to: unknown format {to!r}; this version writes hf")
-    native_to_hf(source, destination, dtype, tokenizer)
+    native_to_hf(source, destination, dtype, tokenizer, layout)
     print(f"wrote {destination}")
 
 

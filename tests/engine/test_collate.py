@@ -42,8 +42,8 @@ def test_tokens_positions_and_borders() -> None:
     packed = documents("all")
     batch = collated(packed)
     assert torch.equal(batch.inputs.token_ids_T, torch.from_numpy(np.concatenate([d.ids_T for d in packed])))
-    positions = np.concatenate([d.positions_3T for d in packed], axis=1)
-    assert torch.equal(batch.inputs.positions_3T, torch.from_numpy(positions))
+    positions = np.concatenate([d.positions_AT for d in packed], axis=1)
+    assert torch.equal(batch.inputs.positions_AT, torch.from_numpy(positions))
     assert batch.inputs.documents.lengths == tuple(len(d.ids_T) for d in packed)
     assert batch.inputs.documents.total == len(batch.labels_T) == sum(len(d.ids_T) for d in packed)
 
@@ -79,12 +79,12 @@ def test_padding_is_a_document_of_its_own_without_weight() -> None:
     assert padded.inputs.documents.lengths == (*plain.inputs.documents.lengths, 5)
     assert padded.inputs.token_ids_T[n:].tolist() == [PAD] * 5
     assert padded.weights_T[n:].tolist() == padded.labels_T[n:].tolist() == [0] * 5
-    assert padded.inputs.positions_3T[:, n:].tolist() == [[0] * 5] * 3
+    assert padded.inputs.positions_AT[:, n:].tolist() == [[0] * 5] * 3
     for ours, theirs in (
         (padded.inputs.token_ids_T, plain.inputs.token_ids_T),
         (padded.labels_T, plain.labels_T),
         (padded.weights_T, plain.weights_T),
-        (padded.inputs.positions_3T, plain.inputs.positions_3T),
+        (padded.inputs.positions_AT, plain.inputs.positions_AT),
     ):
         assert torch.equal(ours[..., :n], theirs)
 
@@ -132,11 +132,12 @@ def test_shares_of_all_ranks_make_the_whole(name: str, tp: int) -> None:
     assert together[len(patches) :].abs().sum() == 0 and len(together) - len(patches) < block * tp
 
     # Frames and their positions are those of all patches, on every rank.
-    positions, frames = FAMILY.patch_positions(CONFIG, [g for d in packed for g in d.grids])
+    media = [one for d in packed for one in d.media]
+    positions, frames = FAMILY.vision_layout(CONFIG, media).positions_KN, tuple(n for one in media for n in one.frames)
     for v in (v for v in vision if v is not None):
         assert v.frames.lengths[: len(frames)] == frames and v.frames.total == len(together)
-        assert torch.equal(v.positions_2N[:, : len(patches)], positions)
-        assert v.positions_2N.shape == (2, len(together))
+        assert torch.equal(v.positions_KN[:, : len(patches)], positions)
+        assert v.positions_KN.shape == (2, len(together))
 
     # Every visual token is replaced once, on the rank that holds its row, by the feature of its number.
     places = []
@@ -144,7 +145,7 @@ def test_shares_of_all_ranks_make_the_whole(name: str, tp: int) -> None:
         held = share(len(ids), tp, rank)
         assert len(held) * tp == len(ids)
         assert all(0 <= row < len(held) for row in v.rows_M.tolist())
-        places += [(held.start + row, pick) for row, pick in zip(v.rows_M.tolist(), v.picks_M.tolist(), strict=True)]
+        places += [(held.start + row, pick) for row, pick in zip(v.rows_M.tolist(), v.picks_CM[0].tolist(), strict=True)]
     real = sum(len(d.ids_T) for d in packed)
     visual = [row for row, i in enumerate(ids[:real].tolist()) if i in FAMILY.visual_ids(CONFIG)]
     assert places == list(zip(visual, range(len(patches) // block), strict=True))
@@ -161,5 +162,5 @@ def test_a_rank_without_visual_tokens_still_encodes_its_share() -> None:
     packed = [make_document(CONFIG, (1, (1, 4, 4), 30), seed=0)]
     vision = collated(packed, 2, 1).inputs.vision
     assert vision is not None
-    assert vision.rows_M.tolist() == vision.picks_M.tolist() == []
+    assert vision.rows_M.tolist() == vision.picks_CM[0].tolist() == []
     assert vision.patches_NP.shape == (8, 1176) and vision.patches_NP.abs().min() > 0

@@ -1,7 +1,7 @@
 """Conversations from a JSONL file: what is wrong with them is found when the file is opened, and named by line.
 
 Pixels are the exception: only headers are read on opening, and a picture that turns out to be damaged when a step
-needs it is reported as BadImage, which a run counts and survives.
+needs it is reported as BadMedia, which a run counts and survives.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from PIL import Image
 
 from tests.tiny import write_tokenizer
 from tetrascope.engine.config import DataSection, validated
-from tetrascope.engine.data.dataset import BadImage, Dataset, load_tokenizer
+from tetrascope.engine.data.dataset import Dataset, load_tokenizer
+from tetrascope.engine.data.files import BadMedia
 from tetrascope.errors import UserError
 from tetrascope.models.qwen2_vl import FAMILY
+from tetrascope.models.qwen2_vl.config import media
 
 SHAPES = {
     "decoder": {"hidden": 64, "intermediate": 96, "layers": 1, "heads": 4, "kv_heads": 2},
     "vision": {"width": 32, "layers": 1, "heads": 2},
     "mrope_section": [2, 3, 3],
 }
+GRID_4_6 = media("image", (1, 4, 6), 2, size=(90, 60))
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +83,12 @@ def test_samples_with_their_images(folder: Folder) -> None:
     assert len(dataset) == 2
     two, text = dataset.samples
     # 60x90 pixels round to 56x84: 4x6 patches, 2x3 visual tokens; 56x56 gives 4x4 patches, 2x2.
-    assert two.info.grids == ((1, 4, 6), (1, 4, 4)) and two.info.patches == 40
-    assert two.images == (folder.root / "a.png", folder.root / "b.png")
+    assert [one.grid for one in two.info.media] == [(1, 4, 6), (1, 4, 4)] and two.info.patches == 40
+    assert [file.source for file in two.files] == [folder.root / "a.png", folder.root / "b.png"]
     assert (two.ids_T == folder.config.image_token_id).sum() == 10
-    assert two.info.tokens == len(two.ids_T) == len(two.supervised_T) == two.positions_3T.shape[1]
-    assert np.array_equal(two.positions_3T, FAMILY.positions(folder.config, two.ids_T, two.info.grids))
+    assert two.info.tokens == len(two.ids_T) == len(two.supervised_T)
     assert two.info.supervised == two.supervised_T.sum() >= 2  # the answer and the end of its turn
-    assert text.info.grids == text.images == () and text.name == "text"
+    assert text.info.media == text.files == () and text.name == "text"
 
 
 def test_patches_are_the_processors_of_the_rgb_picture(folder: Folder) -> None:
@@ -96,9 +98,10 @@ def test_patches_are_the_processors_of_the_rgb_picture(folder: Folder) -> None:
     names = ("b.png", "alpha.png", "palette.png", "grey.png")
     folder.write(sample("s", *names))
     dataset = folder.open()
+    processor = dataset._reader._processor
     for rows, name in zip(dataset.patches(0), names, strict=True):
         with Image.open(folder.root / name) as image:
-            expected = dataset._processor.patches(image.convert("RGB"))
+            expected = processor.rows([image.convert("RGB")], processor.image(90, 60, 1))
         assert np.array_equal(rows, expected) and rows.std() > 0.5
 
 
@@ -110,7 +113,7 @@ def test_pixel_bounds_reach_the_processor(folder: Folder) -> None:
 
 def test_absolute_paths_and_repeated_pictures(folder: Folder) -> None:
     folder.write(sample("s", str(folder.root / "a.png"), "a.png"))
-    assert folder.open().samples[0].info.grids == ((1, 4, 6),) * 2
+    assert folder.open().samples[0].info.media == (GRID_4_6,) * 2
 
 
 def test_line_separators_inside_strings_do_not_end_a_line(folder: Folder) -> None:
@@ -132,12 +135,12 @@ def test_line_separators_inside_strings_do_not_end_a_line(folder: Folder) -> Non
         (sample("x", "sub"), "sample x: image .*sub is not readable"),
         (sample("x", None), 'sample x: "image" is None; expected the path of a file'),
         (sample("x", ""), "sample x: \"image\" is ''; expected the path of a file"),
-        (sample("x", "thin.png"), "sample x: image of 500x2 pixels: .*aspect ratio"),
+        (sample("x", "thin.png"), "sample x: image .*thin.png: image of 500x2 pixels: .*aspect ratio"),
         ({"id": "x", "messages": [{"role": "user", "content": "q"}]}, "sample x: .*no assistant text"),
         ({"id": "x", "messages": ["q"]}, "sample x: message 'q' must be an object"),
         ({"messages": [{"role": "boss", "content": "q"}]}, "sample line 3: message role 'boss'"),
         (sample("x", "a.png", answer="<|image_pad|>"), "sample x: conversation has 2 image places but 1 images"),
-        (sample("x", answer="<|video_pad|>"), "sample x: sample: 1 visual tokens belong to none of its 0 images"),
+        (sample("x", answer="<|video_pad|>"), "sample x: conversation has 1 image places but 0 images"),
     ],
 )
 def test_what_is_wrong_is_named_with_file_and_line(folder: Folder, line: Any, message: str) -> None:
@@ -176,9 +179,9 @@ def test_a_truncated_picture_is_bad_only_when_it_is_decoded(folder: Folder) -> N
     (folder.root / "cut.png").write_bytes(whole[: len(whole) // 2])
     folder.write(sample("first", "b.png"), sample("broken", "a.png", "cut.png"))
     dataset = folder.open()
-    assert dataset.samples[1].info.grids == ((1, 4, 6),) * 2  # the header is whole
+    assert dataset.samples[1].info.media == (GRID_4_6,) * 2  # the header is whole
     assert len(dataset.patches(0)[0]) == 16
-    with pytest.raises(BadImage, match=r"sample broken: image .*cut\.png: "):
+    with pytest.raises(BadMedia, match=r"sample broken: image .*cut\.png: "):
         dataset.patches(1)
 
 
@@ -192,7 +195,7 @@ def test_a_picture_that_changes_under_the_run_is_bad(folder: Folder, change: str
         picture(200, 200).save(folder.root / "a.png")
     else:
         (folder.root / "a.png").write_text("no picture")
-    with pytest.raises(BadImage, match=r"sample x: image .*a\.png"):
+    with pytest.raises(BadMedia, match=r"sample x: image .*a\.png"):
         dataset.patches(0)
 
 

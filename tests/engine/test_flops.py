@@ -19,10 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tetrascope.engine import flops
 from tetrascope.engine.data.collate import collate
+from tetrascope.engine.modules import Trained
 from tetrascope.models.family import Stage
 from tetrascope.models.inputs import Inputs
 from tetrascope.models.layers.attention import reference_attention
 from tetrascope.models.layers.packed import Packed
+from tetrascope.models.media import Media
 from tetrascope.models.qwen2_vl import FAMILY
 from tetrascope.models.qwen2_vl.config import Qwen2VLConfig
 from tetrascope.tools.verify.families.qwen2_vl import make_document, tiny_config
@@ -56,7 +58,7 @@ class Problem:
     config: Qwen2VLConfig
     model: nn.Module
     inputs: Inputs
-    frames: list[int]
+    media: list[Media]
     documents: list[int]
 
 
@@ -71,8 +73,8 @@ def problem(request: pytest.FixtureRequest) -> Iterator[Problem]:
     samples = [make_document(config, content, seed) for seed, content in enumerate(CONTENTS)]
     documents = [len(sample.ids_T) for sample in samples]
     batch = collate(samples, FAMILY, config, sum(documents), 1, 0, True, torch.device("cpu"))
-    frames = [h * w for sample in samples for t, h, w in sample.grids for _ in range(t)]
-    yield Problem(config, model, batch.inputs, frames, documents)
+    media = [one for sample in samples for one in sample.media]
+    yield Problem(config, model, batch.inputs, media, documents)
 
 
 def test_the_counted_kernel_is_attention() -> None:
@@ -87,12 +89,12 @@ def test_forward_counts_every_product(problem: Problem) -> None:
     with FlopCounterMode(display=False, depth=4) as counter, torch.no_grad():
         problem.model(problem.inputs)
     counted = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
-    config, frames, documents = problem.config, problem.frames, problem.documents
-    assert counted["Qwen2VL.vision"] == flops.vision_forward(config, frames)
+    config, media, documents = problem.config, problem.media, problem.documents
+    assert counted["Qwen2VL.vision"] + counted["Qwen2VL.adaptor"] == flops.vision_forward(config, media)
     for layer in range(config.decoder.layers):
         assert counted[f"Qwen2VL.layers.{layer}"] == flops.layer_forward(config, documents)
     assert counted["Qwen2VL.head"] == flops.head_forward(config, sum(documents))
-    whole = flops.vision_forward(config, frames) + flops.language_forward(config, documents)
+    whole = flops.vision_forward(config, media) + flops.language_forward(config, documents)
     assert counter.get_total_flops() == whole
 
 
@@ -103,7 +105,7 @@ def test_a_kernel_that_masks_computes_the_other_half_in_vain(problem: Problem) -
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(problem.inputs)
     counted = counter.get_total_flops()
-    needed = flops.vision_forward(config, problem.frames) + flops.language_forward(config, problem.documents)
+    needed = flops.vision_forward(config, problem.media) + flops.language_forward(config, problem.documents)
     masked = sum(n * (n - 1) // 2 for n in problem.documents)
     assert counted - needed == 4 * config.decoder.layers * config.decoder.hidden * masked
 
@@ -112,13 +114,13 @@ def test_a_kernel_that_masks_computes_the_other_half_in_vain(problem: Problem) -
     ("vision", "language"), [(True, True), (False, True), (True, False)], ids=["both", "language", "vision"]
 )
 def test_training_counts_every_product_of_the_backward(problem: Problem, vision: bool, language: bool) -> None:
-    part = problem.model.get_submodule("vision")
+    encoder, adaptor = problem.model.get_submodule("vision"), problem.model.get_submodule("adaptor")
     for parameter in problem.model.parameters():
         parameter.requires_grad_(language)
-    for parameter in part.parameters():
+    for parameter in (*encoder.parameters(), *adaptor.parameters()):
         parameter.requires_grad_(vision)
     with FlopCounterMode(display=False) as counter:
-        features = part(problem.inputs.vision)
+        features = adaptor(encoder(problem.inputs.vision))
         vision_forward = counter.get_total_flops()
         if vision:
             features.backward(torch.ones_like(features))
@@ -127,22 +129,22 @@ def test_training_counts_every_product_of_the_backward(problem: Problem, vision:
         logits = problem.model(problem.inputs)
         logits.backward(torch.ones_like(logits))
     whole = counter.get_total_flops()
-    expected = flops.training_flops(problem.config, problem.frames, problem.documents, vision, language)
+    expected = flops.training_flops(problem.config, problem.media, problem.documents, Trained(vision, vision, language, language))
     assert (vision_all, whole - vision_all) == expected
-    assert vision_forward == flops.vision_forward(problem.config, problem.frames)
+    assert vision_forward == flops.vision_forward(problem.config, problem.media)
 
 
 def test_nothing_trained_is_forward_only(problem: Problem) -> None:
-    config, frames, documents = problem.config, problem.frames, problem.documents
-    forward = (flops.vision_forward(config, frames), flops.language_forward(config, documents))
-    assert flops.training_flops(config, frames, documents, False, False) == forward
+    config, media, documents = problem.config, problem.media, problem.documents
+    forward = (flops.vision_forward(config, media), flops.language_forward(config, documents))
+    assert flops.training_flops(config, media, documents, Trained(False, False, False, False)) == forward
 
 
 def test_everything_trained_is_three_times_forward_but_for_the_pixels_gradient(problem: Problem) -> None:
-    config, frames, documents = problem.config, problem.frames, problem.documents
-    vision, language = flops.training_flops(config, frames, documents)
-    embedding = 2 * sum(frames) * config.vision.patch_width * config.vision.width
-    assert vision == 3 * flops.vision_forward(config, frames) - embedding
+    config, media, documents = problem.config, problem.media, problem.documents
+    vision, language = flops.training_flops(config, media, documents)
+    embedding = 2 * sum(one.patches for one in media) * config.vision.patch_width * config.vision.width
+    assert vision == 3 * flops.vision_forward(config, media) - embedding
     assert language == 3 * flops.language_forward(config, documents)
 
 

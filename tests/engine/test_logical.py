@@ -8,20 +8,17 @@ that is missing would stay at its initial value after loading; one held twice wo
 from __future__ import annotations
 
 import itertools
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tetrascope.engine.logical import Shard, shards
-from tetrascope.engine.source import HuggingFaceFolder, Source, fill, memory_source, random_source, read_hf_config
-from tetrascope.errors import UserError
+from tetrascope.engine.source import fill, random_source
 from tetrascope.models.qwen2_vl import FAMILY
-from tetrascope.models.weights import HFTensor
+from tetrascope.models.weights import HFTensor, Piece
+from tetrascope.models.weights import whole as all_rows
 from tetrascope.parallel.tensor.placement import Block, row_blocks, share, whole
 from tetrascope.tools.verify.families.qwen2_vl import tiny_config
 
@@ -29,25 +26,31 @@ LocalPart = tuple[tuple[int, ...], tuple[Block, ...]]
 """Shape of a local parameter, and its place in the whole one."""
 
 
-def random_pieces(rng: np.random.Generator) -> list[HFTensor]:
-    """One to four tensors that can be stacked: vectors, matrices, or one convolution kernel."""
+def random_pieces(rng: np.random.Generator) -> list[Piece]:
+    """All rows of one to four tensors, in ranges and in any order: vectors, matrices, or one convolution kernel."""
     kind = rng.choice(["vector", "matrix", "kernel"])
     if kind == "kernel":
-        return [HFTensor("kernel", (int(rng.integers(1, 7)), *(int(n) for n in rng.integers(1, 4, 4))))]
+        return [all_rows("kernel", (int(rng.integers(1, 7)), *(int(n) for n in rng.integers(1, 4, 4))))]
     tail = () if kind == "vector" else (int(rng.integers(1, 9)),)
-    return [HFTensor(f"piece{i}", (int(rng.integers(1, 10)), *tail)) for i in range(rng.integers(1, 5))]
+    tensors = [HFTensor(f"tensor{i}", (int(rng.integers(1, 10)), *tail)) for i in range(rng.integers(1, 5))]
+    pieces = []
+    for tensor in tensors:
+        rows = tensor.shape[0]
+        borders = sorted({0, rows, *rng.integers(0, rows + 1, rng.integers(0, 3)).tolist()})
+        pieces += [Piece(tensor, start, stop - start) for start, stop in itertools.pairwise(borders)]
+    return [pieces[i] for i in rng.permutation(len(pieces))] if rng.random() < 0.5 else pieces
 
 
-def random_division(rng: np.random.Generator, pieces: list[HFTensor], parts: int) -> list[LocalPart]:
+def random_division(rng: np.random.Generator, pieces: list[Piece], parts: int) -> list[LocalPart]:
     """Every part's share: by rows of the pieces or of other segments, by columns, or not at all (one part)."""
-    rows, tail = sum(p.matrix[0] for p in pieces), pieces[0].matrix[1:]
+    rows, tail = sum(p.rows for p in pieces), pieces[0].tensor.matrix[1:]
     kind = rng.choice(["pieces", "segments", "columns" if tail else "pieces", "whole"])
     if kind == "whole":
         return [((rows, *tail), whole((rows, *tail)))]
     if kind == "columns":
         cuts = [share(tail[0], parts, i) for i in range(parts)]
         return [((rows, len(c)), (Block(0, (0, c.start), (rows, len(c))),)) for c in cuts]
-    segments = tuple(p.matrix[0] for p in pieces)
+    segments = tuple(p.rows for p in pieces)
     if kind == "segments":
         borders = sorted(rng.integers(0, rows + 1, rng.integers(1, 4)).tolist())
         segments = tuple(int(n) for n in np.diff([0, *borders, rows]))
@@ -55,8 +58,8 @@ def random_division(rng: np.random.Generator, pieces: list[HFTensor], parts: int
     return [((sum(b.size[0] for b in blocks), *tail), blocks) for blocks in divided]
 
 
-def stacked(tensors: dict[str, Tensor], pieces: list[HFTensor]) -> Tensor:
-    return torch.cat([tensors[p.name].reshape(p.matrix) for p in pieces])
+def stacked(tensors: dict[str, Tensor], pieces: list[Piece]) -> Tensor:
+    return torch.cat([tensors[p.tensor.name].reshape(p.tensor.matrix)[p.start : p.start + p.rows] for p in pieces])
 
 
 def local_part(stack: Tensor, blocks: tuple[Block, ...]) -> Tensor:
@@ -73,9 +76,10 @@ def random_cuts(rng: np.random.Generator, total: int) -> list[tuple[int, int]]:
 def test_shards_hold_every_element_of_every_logical_tensor_once(seed: int) -> None:
     rng = np.random.default_rng(seed)
     pieces = random_pieces(rng)
-    tensors = {p.name: torch.from_numpy(rng.standard_normal(p.shape, dtype=np.float32)) for p in pieces}
+    kinds = {p.tensor.name: p.tensor for p in pieces}
+    tensors = {n: torch.from_numpy(rng.standard_normal(t.shape, dtype=np.float32)) for n, t in kinds.items()}
     stack = stacked(tensors, pieces)
-    counts = {p.name: torch.zeros(p.matrix, dtype=torch.int64) for p in pieces}
+    counts = {n: torch.zeros(t.matrix, dtype=torch.int64) for n, t in kinds.items()}
     for shape, blocks in random_division(rng, pieces, parts=int(rng.integers(1, 5))):
         local = local_part(stack, blocks)
         assert tuple(local.shape) == shape
@@ -96,7 +100,7 @@ def test_shards_hold_every_element_of_every_logical_tensor_once(seed: int) -> No
 def test_golden_shards_of_a_fused_projection() -> None:
     # q of 4 rows, k and v of 2, two columns each; the second of two ranks holds q2 q3 k1 v1; of its eight numbers,
     # the five from the fourth on: the second number of q3, then k1 and v1.
-    pieces = [HFTensor("q", (4, 2)), HFTensor("k", (2, 2)), HFTensor("v", (2, 2))]
+    pieces = [all_rows("q", (4, 2)), all_rows("k", (2, 2)), all_rows("v", (2, 2))]
     blocks = row_blocks((4, 2, 2), (2,), 2, 1)
     flat = torch.arange(3, 8)
     found = [(s.name, s.shape, s.offset, s.tensor.tolist()) for s in shards(flat, 3, (4, 2), blocks, pieces)]
@@ -108,7 +112,22 @@ def test_golden_shards_of_a_fused_projection() -> None:
 
 
 def test_an_empty_run_has_no_shards() -> None:
-    assert shards(torch.empty(0), 4, (3, 4), whole((3, 4)), [HFTensor("w", (3, 4))]) == []
+    assert shards(torch.empty(0), 4, (3, 4), whole((3, 4)), [all_rows("w", (3, 4))]) == []
+
+
+def test_golden_shards_of_row_ranges() -> None:
+    # A tensor fused by key/value head [q0 q1 k0 v0 | q2 q3 k1 v1], one row each, handled as [q0..q3 | k0 k1 | v0 v1];
+    # the second of two ranks holds q2 q3 k1 v1, which lie apart in the parameter.
+    fused = HFTensor("wqkv", (8, 3))
+    pieces = [Piece(fused, 0, 2), Piece(fused, 4, 2), *(Piece(fused, row, 1) for row in (2, 6, 3, 7))]
+    blocks = row_blocks((4, 2, 2), (3,), 2, 1)
+    flat = torch.arange(12)
+    found = [(s.shape, s.offset, s.tensor.tolist()) for s in shards(flat, 0, (4, 3), blocks, pieces)]
+    assert found == [
+        ((8, 3), (4, 0), [[0, 1, 2], [3, 4, 5]]),
+        ((8, 3), (6, 0), [[6, 7, 8]]),
+        ((8, 3), (7, 0), [[9, 10, 11]]),
+    ]
 
 
 def initial(name: str, shape: tuple[int, ...]) -> tuple[str, float]:
@@ -119,7 +138,7 @@ def initial(name: str, shape: tuple[int, ...]) -> tuple[str, float]:
 def test_random_numbers_do_not_depend_on_the_cut(seed: int) -> None:
     rng = np.random.default_rng(seed)
     pieces = random_pieces(rng)
-    stack = torch.empty(sum(p.matrix[0] for p in pieces), *pieces[0].matrix[1:])
+    stack = torch.empty(sum(p.rows for p in pieces), *pieces[0].tensor.matrix[1:])
     shape = tuple(stack.shape)
     fill(shards(stack.view(-1), 0, shape, whole(shape), pieces), random_source(7, initial))
     for local_shape, blocks in random_division(rng, pieces, parts=3):
@@ -147,113 +166,3 @@ def test_names_and_seeds_have_numbers_of_their_own() -> None:
     assert torch.equal(first, drawn(0, "a.weight", (4, 4)))
     assert not torch.equal(first, drawn(0, "b.weight", (4, 4)))
     assert not torch.equal(first, drawn(1, "a.weight", (4, 4)))
-
-
-TENSORS = {
-    "kernel": torch.arange(4 * 3 * 2 * 2 * 2, dtype=torch.float32).reshape(4, 3, 2, 2, 2),
-    "matrix": torch.arange(35, dtype=torch.float32).reshape(5, 7),
-    "vector": torch.arange(6, dtype=torch.float32),
-}
-CUTS = [
-    Shard("matrix", (5, 7), (0, 0), torch.empty(5, 7)),
-    Shard("matrix", (5, 7), (1, 3), torch.empty(2, 4)),
-    Shard("vector", (6,), (2,), torch.empty(3)),
-    Shard("kernel", (4, 24), (0, 0), torch.empty(4, 24)),
-    Shard("kernel", (4, 24), (2, 5), torch.empty(1, 11)),
-]
-
-
-@pytest.fixture(params=["one file", "several files"])
-def hf_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    if request.param == "one file":
-        save_file(TENSORS, tmp_path / "model.safetensors")
-    else:
-        where = {name: f"model-{i}.safetensors" for i, name in enumerate(TENSORS)}
-        for name, file in where.items():
-            save_file({name: TENSORS[name]}, tmp_path / file)
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    return tmp_path
-
-
-def assert_cuts_are_right(source: Source) -> None:
-    for shard in CUTS:
-        place = tuple(slice(o, o + n) for o, n in zip(shard.offset, shard.tensor.shape, strict=True))
-        assert torch.equal(source(shard), TENSORS[shard.name].reshape(shard.shape)[place])
-
-
-def test_hugging_face_folder_gives_slices(hf_folder: Path) -> None:
-    assert_cuts_are_right(HuggingFaceFolder(hf_folder))
-
-
-def test_memory_gives_slices() -> None:
-    assert_cuts_are_right(memory_source(TENSORS))
-
-
-def test_fill_converts_to_the_parameters_dtype(hf_folder: Path) -> None:
-    target = torch.empty(5, 7, dtype=torch.bfloat16, requires_grad=True)
-    fill(shards(target.view(-1), 0, (5, 7), whole((5, 7)), [HFTensor("matrix", (5, 7))]), HuggingFaceFolder(hf_folder))
-    assert torch.equal(target.detach(), TENSORS["matrix"].bfloat16())
-
-
-@pytest.mark.parametrize(
-    ("shard", "message"),
-    [
-        (Shard("missing", (5, 7), (0, 0), torch.empty(5, 7)), "has no tensor 'missing', which the model needs"),
-        (Shard("matrix", (5, 8), (0, 0), torch.empty(5, 8)), r"matrix has shape \(5, 7\), .* expects \(5, 8\)"),
-        (Shard("matrix", (7, 5), (0, 0), torch.empty(7, 5)), r"matrix has shape \(5, 7\), .* expects \(7, 5\)"),
-        (Shard("matrix", (35,), (0,), torch.empty(35)), r"matrix has shape \(5, 7\), .* expects \(35,\)"),
-        (Shard("kernel", (4, 25), (0, 0), torch.empty(1, 1)), r"kernel has shape \(4, 3, 2, 2, 2\), .* \(4, 25\)"),
-        (Shard("kernel", (8, 12), (0, 0), torch.empty(1, 1)), r"kernel has shape \(4, 3, 2, 2, 2\), .* \(8, 12\)"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_named(hf_folder: Path, shard: Shard, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        HuggingFaceFolder(hf_folder)(shard)
-
-
-def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.init_from: .* has no model\.safetensors"):
-        HuggingFaceFolder(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not a checkpoint at all")
-    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read"):
-        HuggingFaceFolder(tmp_path)
-    for content in ("{", "[]", '{"weights": {}}'):
-        (tmp_path / "model.safetensors.index.json").write_text(content)
-        with pytest.raises(UserError, match=r"index\.json: holds no weight_map"):
-            HuggingFaceFolder(tmp_path)
-
-
-def test_a_file_that_the_index_names_but_is_gone(tmp_path: Path) -> None:
-    index = {"weight_map": {"matrix": "model-1.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"model-1\.safetensors: cannot be read"):
-        HuggingFaceFolder(tmp_path)(CUTS[0])
-
-
-def test_config_json(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
-        read_hf_config(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
-        read_hf_config(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "x"}')
-    assert read_hf_config(tmp_path) == {"model_type": "x"}
-
-
-def test_hf_folder_must_hold_just_the_tensors_of_the_model(hf_folder: Path) -> None:
-    """Checked from headers, before any process group: nothing missing, nothing left unread, nothing misshapen."""
-    from safetensors import safe_open
-
-    tensors = []
-    for path in sorted(hf_folder.glob("*.safetensors")):
-        with safe_open(str(path), framework="pt") as file:
-            names = list(file.keys())
-            tensors += [HFTensor(name, tuple(file.get_slice(name).get_shape())) for name in names]
-    folder = HuggingFaceFolder(hf_folder)
-    folder.check(tensors)
-    with pytest.raises(UserError, match=r"lacks 1 tensors \(head\)"):
-        folder.check([*tensors, HFTensor("head", (1,))])
-    with pytest.raises(UserError, match=rf"holds 1 tensors \({tensors[0].name}\) besides"):
-        folder.check(tensors[1:])
-    with pytest.raises(UserError, match=rf"{tensors[0].name} has shape"):
-        folder.check([HFTensor(tensors[0].name, (9, 9, 9)), *tensors[1:]])

@@ -12,7 +12,14 @@ import pytest
 from tetrascope.engine.config import BatchSection
 from tetrascope.engine.plan import Planner, SampleInfo, StepPlan
 from tetrascope.errors import UserError
+from tetrascope.models.media import Media
 from tetrascope.parallel.mesh import Layout
+
+
+def image(rows: int, columns: int, frames: int = 1) -> Media:
+    """So many patches a frame; four patches make a token."""
+    tokens = frames * rows * columns // 4
+    return Media("image", (frames, rows, columns), (rows * columns,) * frames, tokens, tokens)
 
 
 def random_infos(count: int, seed: int = 0) -> list[SampleInfo]:
@@ -20,9 +27,9 @@ def random_infos(count: int, seed: int = 0) -> list[SampleInfo]:
     rng = np.random.default_rng(seed)
     infos = []
     for i in range(count):
-        grids = () if i % 3 == 0 else ((1, 2 * int(rng.integers(2, 21)), 2 * int(rng.integers(2, 21))),)
-        tokens = int(rng.integers(20, 400)) + sum(t * h * w // 4 for t, h, w in grids)
-        infos.append(SampleInfo(tokens, tokens // 4, grids))
+        shown = () if i % 3 == 0 else (image(2 * int(rng.integers(2, 21)), 2 * int(rng.integers(2, 21))),)
+        tokens = int(rng.integers(20, 400)) + sum(one.tokens for one in shown)
+        infos.append(SampleInfo(tokens, tokens // 4, shown))
     return infos
 
 
@@ -103,10 +110,10 @@ def test_micro_batches_are_balanced_by_cost() -> None:
 
 
 def test_cost_counts_patches_as_well_as_tokens() -> None:
-    info = SampleInfo(10, 5, ((1, 4, 6), (3, 2, 2)))
+    info = SampleInfo(10, 5, (image(4, 6), image(2, 2, frames=3)))
     assert info.patches == 36 and info.cost == 46
     # One sample with a large picture against three texts of the same tokens: the picture must stand alone.
-    infos = [SampleInfo(10, 1, ((1, 8, 8),)), *[SampleInfo(10, 1, ())] * 3]
+    infos = [SampleInfo(10, 1, (image(8, 8),)), *[SampleInfo(10, 1, ())] * 3]
     groups = {frozenset(m.samples) for m in planner(infos, 4, 2).plan(0).micro_batches[0]}
     assert groups == {frozenset({0}), frozenset({1, 2, 3})}
 

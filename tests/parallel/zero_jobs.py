@@ -38,7 +38,7 @@ def zero_steps(
     ]
     optimizer = ZeroAdamW(specs, mesh, torch.device("cpu"), lr, (0.9, 0.95), 1e-8, clip)
     values = dict(zip("012", start(), strict=True))
-    for group in optimizer.groups:
+    for group in optimizer.trained:
         whole = torch.cat([values[name].view(-1) for name in group.spans])
         mine = whole[group.start : group.start + group.share]
         group.master.data[: len(mine)] = mine

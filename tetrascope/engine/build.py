@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,20 +12,28 @@ from torch import nn
 from tetrascope.engine import flops
 from tetrascope.engine.config import OptimizerSection
 from tetrascope.engine.logical import Shard, shards
+from tetrascope.engine.modules import ModuleOptions
 from tetrascope.engine.source import Source, fill
 from tetrascope.errors import UserError
 from tetrascope.models.family import Family, ModelConfig, Stage
 from tetrascope.models.layers.attention import AttentionFn
-from tetrascope.models.sharding import Column, Replicated, Row, Vocab, rule_for
+from tetrascope.models.layers.collect import Collect
+from tetrascope.models.sharding import Column, Gather, Replicated, Row, Vocab, rule_for
 from tetrascope.parallel.mesh import Layout, Mesh
 from tetrascope.parallel.pipeline.partition import balanced_split, check_layers, check_split, layer_ranges
-from tetrascope.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from tetrascope.parallel.primitives import all_gather
+from tetrascope.parallel.tensor.layers import (
+    ColumnParallelLinear,
+    GatherTokens,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from tetrascope.parallel.tensor.placement import Block, whole
 from tetrascope.parallel.zero.flat import FlatGroup, GroupSpec
 from tetrascope.parallel.zero.optimizer import ZeroAdamW
 
-TYPICAL_FRAME = 256
-"""Patches of the picture, and tokens of the document, that the automatic stage cut is made for."""
+TYPICAL_DOCUMENT = 256
+"""Tokens of the document that the automatic stage cut is made for."""
 
 
 def check_layout(config: ModelConfig, layout: Layout, split: list[int] | str = "auto") -> None:
@@ -52,9 +60,9 @@ def stage_layers(config: ModelConfig, layout: Layout, split: list[int] | str = "
     """The decoder layers of every stage; `auto` counts vision encoder and head as what they cost beside a layer."""
     if not isinstance(split, str):
         return layer_ranges(split)
-    layer = flops.layer_forward(config, [TYPICAL_FRAME])
-    vision = flops.vision_forward(config, [TYPICAL_FRAME]) / layer
-    head = flops.head_forward(config, TYPICAL_FRAME) / layer
+    layer = flops.layer_forward(config, [TYPICAL_DOCUMENT])
+    vision = flops.vision_forward(config, [config.typical]) / layer
+    head = flops.head_forward(config, TYPICAL_DOCUMENT) / layer
     return layer_ranges(balanced_split(config.decoder.layers, layout.pp, vision, head))
 
 
@@ -72,6 +80,8 @@ class StageModel:
     """This rank's part of the model: what its pipeline stage holds, divided over its tensor-parallel group.
 
     Built without memory first (meta device); `ZeroAdamW`'s flat buffers then become the parameters' memory.
+
+    modules: options of every parameter of the whole model. gradient_borders: see `execute`.
     """
 
     def __init__(
@@ -82,32 +92,38 @@ class StageModel:
         split: list[int] | str,
         attend: AttentionFn,
         dtype: torch.dtype,
+        modules: Mapping[str, ModuleOptions],
     ) -> None:
-        self.family, self.config, self.mesh = family, config, mesh
+        self.family, self.config, self.mesh, self.modules = family, config, mesh, modules
         layers = stage_layers(config, mesh.layout, split)[mesh.index("pp")]
         with torch.device("meta"):
             stage = Stage(layers, first=mesh.first_stage, last=mesh.last_stage)
             self.module = family.build(config, stage, attend).to(dtype)
         self.placed = dict(self._divide())
+        for name, placed in self.placed.items():
+            placed.param.requires_grad_(not modules[name].frozen)
+        self.gradient_borders = self._gradient_borders()
         self._weights = family.weights(config)
 
     def _divide(self) -> Iterator[tuple[str, Placed]]:
         """Applies the sharding table; yields every parameter once (a tied one under its first name)."""
         table = self.family.sharding(self.config)
         group = self.mesh.group("tp")
-        owners = [name for name, module in self.module.named_modules() if module._parameters]
+        owners = [n for n, module in self.module.named_modules() if module._parameters or isinstance(module, Collect)]
         made: dict[int, nn.Parameter] = {}
         for name in owners:
             module = self.module.get_submodule(name)
             rule = rule_for(table, name)
             original = {key: id(param) for key, param in module._parameters.items() if param is not None}
             if isinstance(rule, Column) and isinstance(module, nn.Linear):
-                module = ColumnParallelLinear(module, rule.segments, group)
+                module = ColumnParallelLinear(module, rule.segments, group, rule.gather)
             elif isinstance(rule, Row) and isinstance(module, nn.Linear):
                 module = RowParallelLinear(module, group, rule.scatter)
             elif isinstance(rule, Vocab) and isinstance(module, nn.Embedding):
                 module = VocabParallelEmbedding(module, group)
-            elif not isinstance(rule, Replicated):
+            elif isinstance(rule, Gather) and isinstance(module, Collect):
+                module = GatherTokens(group)
+            elif not isinstance(rule, Replicated) or isinstance(module, Collect):
                 raise UserError(
                     f"sharding table: {type(rule).__name__} cannot divide {name}, a {type(module).__name__}"
                 )
@@ -122,23 +138,42 @@ class StageModel:
                 place = blocks.get(key, whole(tuple(param.shape)))
                 yield f"{name}.{key}", Placed(param, place, key not in blocks)
 
-    def group_specs(self, weight_decay: float) -> list[GroupSpec]:
-        """Parameters by how they are updated and reduced: decay for matrices only, replicated or divided, tied."""
+    def _gradient_borders(self) -> tuple[bool, bool]:
+        """Whether anything before this stage is trained, and whether anything before the next one is."""
+        trained = any(placed.param.requires_grad for placed in self.placed.values())
+        flags = torch.empty(self.mesh.size("pp"), dtype=torch.int32, device=self.mesh.device)
+        own = torch.tensor([trained], dtype=torch.int32, device=self.mesh.device)
+        all_gather(flags, own, self.mesh.group("pp"))
+        stage = self.mesh.index("pp")
+        return bool(flags[:stage].any()), bool(flags[: stage + 1].any())
+
+    def group_specs(self, base_lr: float) -> list[GroupSpec]:
+        """Parameters by how they are updated and reduced: tied, frozen, replicated or divided, decay for matrices
+        only, learning rate relative to `base_lr`."""
         tied = self._tied_across_stages()
-        groups: dict[tuple[bool, bool, bool], dict[str, nn.Parameter]] = {}
+        groups: dict[tuple[bool, bool, bool, float, float], dict[str, nn.Parameter]] = {}
         for name, placed in self.placed.items():
-            key = (name == tied, placed.replicated, placed.param.ndim > 1)
-            groups.setdefault(key, {})[name] = placed.param
+            own = self.modules[name]
+            decay = own.weight_decay if placed.param.ndim > 1 else 0.0
+            rate = (decay, own.lr / base_lr) if not own.frozen else (0.0, 0.0)
+            groups.setdefault((name == tied, own.frozen, placed.replicated, *rate), {})[name] = placed.param
         return [
             GroupSpec(
                 params=params,
-                weight_decay=weight_decay if decay else 0.0,
+                weight_decay=decay,
                 partial=replicated,
                 tied=is_tied,
                 counted=self.owns(next(iter(params))),
+                lr_scale=lr_scale,
+                frozen=frozen,
             )
-            for (is_tied, replicated, decay), params in sorted(groups.items())
+            for (is_tied, frozen, replicated, decay, lr_scale), params in sorted(groups.items())
         ]
+
+    def trained_tensors(self) -> set[str]:
+        """The logical tensors of the whole model that are trained: those that have optimizer moments."""
+        trained = [pieces for name, pieces in self._weights.items() if not self.modules[name].frozen]
+        return {piece.tensor.name for pieces in trained for piece in pieces}
 
     def _tied_across_stages(self) -> str | None:
         """The parameter of this stage that is made of the same logical tensors as one on another stage."""
@@ -174,16 +209,16 @@ class StageModel:
                     yield name, shard
 
     def load(self, source: Source, optimizer: ZeroAdamW) -> None:
-        """Fills the masters from a source, each rank its own share, and from them the parameters of all ranks."""
+        """Fills each rank's own share from a source, masters where there are any, and from them all parameters."""
         for group in optimizer.groups:
-            fill((shard for _, shard in self.flat_shards(group, group.master.data)), source)
+            fill((shard for _, shard in self.flat_shards(group, group.values)), source)
             group.publish()
 
 
 def build_optimizer(model: StageModel, options: OptimizerSection, device: torch.device) -> ZeroAdamW:
     """ZeRO-1 AdamW over the model's parameters, which get their memory here."""
     return ZeroAdamW(
-        model.group_specs(options.weight_decay),
+        model.group_specs(options.lr),
         model.mesh,
         device,
         lr=options.lr,

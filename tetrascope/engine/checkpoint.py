@@ -4,6 +4,12 @@ A checkpoint is `checkpoints/step-000123/`: the fp32 master weights and optimize
 that owns it with its place in the whole tensor, so that any layout loads what any other saved; and `state.json` with
 the step (which is the data position too) and the configuration. It is written under a temporary name and renamed when
 complete: a folder with a final name is whole.
+
+What is frozen is saved in the run's own dtype, which loses nothing, and without moments. A run may train other parts
+than the one that saved: what it freezes, it loads without moments; what it trains and the other froze, starts with
+moments of zero. Adam's step count, which serves its bias correction and nothing else, then starts at zero again for
+all parameters: exact for the new ones, and after 1 / (1 - beta) steps without a trace in the others. The alternative,
+to go on counting, would make the first steps of the new ones up to 6 times too long (betas 0.9 and 0.999).
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from tetrascope.engine.build import StageModel
 from tetrascope.engine.logical import Shard
 from tetrascope.errors import UserError
-from tetrascope.parallel.zero.optimizer import ZeroAdamW
+from tetrascope.parallel.zero.optimizer import STATES, ZeroAdamW
 
 FORMAT = 1
 STATE_FILE = "state.json"
@@ -96,11 +102,16 @@ class _ShardLoadPlanner(DefaultLoadPlanner):
         return self._shards[MetadataIndex(index.fqn, index.offset)].tensor.detach()
 
 
+def _moment(key: str) -> str:
+    """What the names of the moments begin with."""
+    return f"optimizer.{key}."
+
+
 def _state_shards(model: StageModel, optimizer: ZeroAdamW, owned_only: bool) -> Iterator[Shard]:
-    """All that a checkpoint holds of this rank: masters under the logical names, moments under prefixed ones."""
+    """All that a checkpoint holds of this rank: weights under the logical names, moments under prefixed ones."""
     for group in optimizer.groups:
-        parts = {"": group.master.data}
-        parts.update({f"optimizer.{key}.": tensor for key, tensor in optimizer.state(group).items()})
+        parts = {"": group.values}
+        parts.update({_moment(key): tensor for key, tensor in optimizer.state(group).items()})
         for prefix, flat in parts.items():
             for name, shard in model.flat_shards(group, flat):
                 if model.owns(name) or not owned_only:
@@ -123,7 +134,7 @@ def save_checkpoint(
     planner = _ShardSavePlanner(list(_state_shards(model, optimizer, owned_only=True)))
     save({}, storage_writer=FileSystemWriter(temporary), planner=planner)
     if dist.get_rank() == 0:
-        state = {"format": FORMAT, "step": step, **description}
+        state = {"format": FORMAT, "step": step, "adam_steps": optimizer.steps, **description}
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -152,12 +163,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _check_shapes(checkpoint: Path, shards: list[Shard]) -> None:
-    """Raises UserError unless the checkpoint holds the shards' tensors in their shapes."""
+def _saved_tensors(checkpoint: Path) -> dict[str, Any]:
+    """What the checkpoint holds, by name. Raises UserError when its list of contents is damaged."""
     try:
-        saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        saved: dict[str, Any] = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     except (OSError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(_damaged(checkpoint, f".metadata: {error!r}")) from error
+    return saved
+
+
+def _check_shapes(checkpoint: Path, shards: list[Shard], saved: dict[str, Any]) -> None:
+    """Raises UserError unless the checkpoint holds the shards' tensors in their shapes."""
     for shard in shards:
         entry = saved.get(shard.name)
         if not isinstance(entry, TensorStorageMetadata) or tuple(entry.size) != shard.shape:
@@ -178,19 +194,25 @@ def _first_cause(error: CheckpointException) -> str:
     return f"rank {rank}: {cause!r}"
 
 
-def load_checkpoint(checkpoint: Path, model: StageModel, optimizer: ZeroAdamW) -> int:
-    """Loads weights and optimizer state, saved in any layout; every rank calls it. Returns the steps taken.
+def load_checkpoint(checkpoint: Path, model: StageModel, optimizer: ZeroAdamW) -> tuple[int, list[str]]:
+    """Loads weights and optimizer state, saved in any layout; every rank calls it.
 
-    Raises UserError when the checkpoint is of another model or its files are damaged.
+    Returns the steps taken, and the trained tensors of the whole model whose moments the checkpoint has not, since
+    they were frozen: these start at zero. Raises UserError when the checkpoint is of another model or its files are
+    damaged.
     """
-    step = int(read_state(checkpoint)["step"])
-    shards = list(_state_shards(model, optimizer, owned_only=False))
-    _check_shapes(checkpoint, shards)
+    state = read_state(checkpoint)
+    saved = _saved_tensors(checkpoint)
+    fresh = [name for name in sorted(model.trained_tensors()) if _moment(STATES[0]) + name not in saved]
+    absent = {_moment(key) + name for key in STATES for name in fresh}
+    shards = [shard for shard in _state_shards(model, optimizer, owned_only=False) if shard.name not in absent]
+    _check_shapes(checkpoint, shards, saved)
     try:
         load({}, storage_reader=FileSystemReader(checkpoint), planner=_ShardLoadPlanner(shards))
     except CheckpointException as error:
         raise UserError(_damaged(checkpoint, _first_cause(error))) from error
-    optimizer.set_step(step)
+    step = int(state["step"])
+    optimizer.set_step(0 if fresh else int(state.get("adam_steps", step)))
     for group in optimizer.groups:
         group.publish()
-    return step
+    return step, fresh

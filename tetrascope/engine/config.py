@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,15 +38,23 @@ class DataSection(_Section):
     """What to train on.
 
     train: JSONL of conversations, image paths relative to it. shuffle: anew in every epoch; false reads the file in
-    its order, for a curriculum. max_tokens: longest sample allowed. max_bad_samples:
-    unreadable images to skip before the run stops.
+    its order, for a curriculum. chat: chat format, null for the family's own. max_tokens: longest sample allowed.
+    max_bad_samples: unreadable images to skip before the run stops. How images and videos become tokens, null for the
+    family's own choice: min_pixels, max_pixels: area of an image; max_tiles: tiles of an image; fps, min_frames,
+    max_frames: frames taken from a video; video_max_pixels: area of a frame.
     """
 
     train: Path
     tokenizer: Path
     shuffle: bool = True
-    min_pixels: PositiveInt = 56 * 56
-    max_pixels: PositiveInt = 1280 * 28 * 28
+    chat: str | None = None
+    min_pixels: PositiveInt | None = None
+    max_pixels: PositiveInt | None = None
+    max_tiles: PositiveInt | None = None
+    fps: PositiveFloat | None = None
+    min_frames: PositiveInt | None = None
+    max_frames: PositiveInt | None = None
+    video_max_pixels: PositiveInt | None = None
     max_tokens: PositiveInt = 32768
     max_bad_samples: NonNegativeInt = 100
 
@@ -88,8 +97,28 @@ class ParallelSection(_Section):
         return Layout(pp=self.pp, dp=dp, ring=self.ring, ulysses=self.ulysses, tp=self.tp)
 
 
+class ModuleSettings(_Section):
+    """What differs from the general settings for some parameters. A frozen one keeps its value and costs no memory
+    but its own. lr: at the top of the schedule, which all learning rates follow."""
+
+    frozen: bool | None = None
+    lr: PositiveFloat | None = None
+    weight_decay: float | None = Field(default=None, ge=0)
+
+    @pydantic.model_validator(mode="after")
+    def _frozen_takes_nothing_else(self) -> ModuleSettings:
+        if self.frozen and (self.lr is not None or self.weight_decay is not None):
+            raise ValueError("what is frozen has no lr and no weight_decay; remove them, or frozen")
+        return self
+
+
 class OptimizerSection(_Section):
-    """AdamW with linear warm-up and cosine decay to lr·min_lr_ratio. clip: gradient norm, null for none."""
+    """AdamW with linear warm-up and cosine decay to lr·min_lr_ratio. clip: gradient norm, null for none.
+
+    weight_decay: for matrices; biases and norms have none. modules: settings for parts of the model, by module
+    (vision, adaptor, language, embeddings) or by a regular expression that matches whole parameter names; later
+    entries override earlier ones, field by field.
+    """
 
     lr: PositiveFloat
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
@@ -98,6 +127,7 @@ class OptimizerSection(_Section):
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(default=0.0, ge=0)
     clip: PositiveFloat | None = 1.0
+    modules: dict[str, ModuleSettings] = {}
 
 
 class TrainSection(_Section):
@@ -201,7 +231,11 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 def _explain(target: Any, problem: Any) -> str:
     """One validation error as field, expectation and remedy."""
     # Where a value may be of several types, pydantic adds the type it tried, such as "literal['auto']".
-    location = [str(part) for part in problem["loc"] if "[" not in str(part)]
+    # A regular expression, the user's own key below `modules`, may look like that too.
+    parts = [str(part) for part in problem["loc"]]
+    location = [
+        part for before, part in zip(["", *parts], parts, strict=False) if "[" not in part or before == "modules"
+    ]
     field = ".".join(location)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _fields(target, location[:-1])
@@ -216,6 +250,9 @@ def _explain(target: Any, problem: Any) -> str:
 def _fields(target: Any, location: list[str]) -> list[str]:
     """Names that are known at a place of the configuration."""
     for part in location:
+        if typing.get_origin(target) is dict:  # any key, values of one type
+            target = typing.get_args(target)[1]
+            continue
         fields = getattr(target, "model_fields", None) or getattr(target, "__dataclass_fields__", {})
         if part not in fields:
             return []
@@ -227,6 +264,4 @@ def _fields(target: Any, location: list[str]) -> list[str]:
 
 def _resolve(owner: type, name: str) -> Any:
     """The type of a dataclass field, whose annotation may be a string."""
-    import typing
-
     return typing.get_type_hints(owner)[name]

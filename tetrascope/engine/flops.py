@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tetrascope.engine.modules import ALL_TRAINED, Trained
 from tetrascope.models.family import ModelConfig
+from tetrascope.models.media import Media, square_pairs
 
 
-def vision_forward(config: ModelConfig, frames: Sequence[int]) -> float:
-    """Vision encoder and adaptor, forward, for frames of the given numbers of patches."""
-    patches = sum(frames)
-    return (
-        _patch_embedding(config, patches)
-        + _encoder_linears(config, patches)
-        + _adaptor(config, patches)
-        + _vision_attention(config, frames)
-    )
+def vision_forward(config: ModelConfig, media: Sequence[Media]) -> float:
+    """Vision encoder and adaptor, forward, for these images and videos."""
+    return _patch_embedding(config, media) + _encoder(config, media) + _adaptor(config, media)
 
 
 def layer_forward(config: ModelConfig, documents: Sequence[int]) -> float:
@@ -39,53 +35,47 @@ def language_forward(config: ModelConfig, documents: Sequence[int]) -> float:
 
 
 def training_flops(
-    config: ModelConfig,
-    frames: Sequence[int],
-    documents: Sequence[int],
-    vision_trained: bool = True,
-    language_trained: bool = True,
+    config: ModelConfig, media: Sequence[Media], documents: Sequence[int], trained: Trained = ALL_TRAINED
 ) -> tuple[float, float]:
-    """Forward and backward, as (vision, language), for the given numbers of patches a frame and tokens a document.
+    """Forward and backward, as (vision with adaptor, language), for images and for documents of so many tokens.
 
     A linear costs its forward once more for the gradient of its weights, if they are trained, and once more for the
     gradient of its input, if anything below it is trained. Attention has no weights, and each of its products has
-    two inputs: twice its forward, if anything below is trained. Nothing is below the patch embedding; below the
-    decoder lie its token embedding and the vision part. A document without an image counts like the others: in a
-    packed micro-batch its gradient is computed along with theirs.
+    two inputs: twice its forward, if anything at or below its layer is trained. Nothing is below the patch embedding;
+    below the decoder lie its token embedding, the adaptor and the encoder. A document without an image counts like
+    the others: in a packed micro-batch its gradient is computed along with theirs.
     """
-    patches, tokens = sum(frames), sum(documents)
-    vision_linears = _encoder_linears(config, patches) + _adaptor(config, patches)
     vision = (
-        _patch_embedding(config, patches) * (1 + vision_trained)
-        + vision_linears * (1 + 2 * vision_trained)
-        + _vision_attention(config, frames) * (1 + 2 * vision_trained)
+        _patch_embedding(config, media) * (1 + trained.vision)
+        + _encoder(config, media) * (1 + 2 * trained.vision)
+        + _adaptor(config, media) * (1 + trained.adaptor + trained.vision)
     )
-    reached = vision_trained or language_trained  # whether gradients flow through the decoder at all
-    linears = config.decoder.layers * _layer_linears(config, tokens) + head_forward(config, tokens)
-    attention = config.decoder.layers * _layer_attention(config, documents)
-    return vision, linears * (1 + language_trained + reached) + attention * (1 + 2 * reached)
+    tokens, d = sum(documents), config.decoder
+    below = trained.vision or trained.adaptor or trained.embeddings
+    through = below or trained.language  # whether gradients flow through the decoder layers
+    linears = d.layers * _layer_linears(config, tokens) * (1 + trained.language + through)
+    attention = d.layers * _layer_attention(config, documents) * (1 + 2 * through)
+    head = head_forward(config, tokens) * (1 + trained.embeddings + through)
+    return vision, linears + attention + head
 
 
-def _patch_embedding(config: ModelConfig, patches: int) -> float:
-    return 2.0 * patches * config.vision.patch_width * config.vision.width
+def _patch_embedding(config: ModelConfig, media: Sequence[Media]) -> float:
+    return 2.0 * config.vision_cost.patch * sum(one.patches for one in media)
 
 
-def _encoder_linears(config: ModelConfig, patches: int) -> float:
-    """Query, key, value and output projections and the two linears of the MLP, of all blocks."""
-    v = config.vision
-    return 2.0 * patches * v.layers * (4 * v.width**2 + 2 * v.width * v.mlp)
+def _encoder(config: ModelConfig, media: Sequence[Media]) -> float:
+    """Linears of all blocks, and scores and weighted sums of every pair of rows that attend to each other."""
+    cost = config.vision_cost
+    return 2.0 * sum(
+        cost.linears * one.patches
+        + cost.attention * square_pairs(one.frames)
+        + cost.window_attention * square_pairs(one.windows)
+        for one in media
+    )
 
 
-def _adaptor(config: ModelConfig, patches: int) -> float:
-    """Two linears on one row of `merged` features for each block of merge² patches."""
-    v = config.vision
-    merged = v.width * v.merge**2
-    return 2.0 * patches / v.merge**2 * merged * (merged + config.decoder.hidden)
-
-
-def _vision_attention(config: ModelConfig, frames: Sequence[int]) -> float:
-    """Scores and weighted sum, 2·E each for a pair of patches, in every block."""
-    return 4.0 * config.vision.layers * config.vision.width * sum(n * n for n in frames)
+def _adaptor(config: ModelConfig, media: Sequence[Media]) -> float:
+    return 2.0 * config.vision_cost.adaptor * sum(one.features for one in media)
 
 
 def _layer_linears(config: ModelConfig, tokens: int) -> float:

@@ -1,7 +1,7 @@
 """Which parts of which logical tensors this rank holds.
 
 Logical tensors are the Hugging Face ones: their names and shapes are the same in every layout. A parameter of ours
-stacks several of them, tensor parallelism cuts it into blocks, ZeRO cuts a flat run of elements out of that. What is
+stacks row ranges of them, tensor parallelism cuts it into blocks, ZeRO cuts a flat run of elements out of that. What is
 left are rectangles of logical tensors, each contiguous in local memory. Checkpoints, initialisation, import and
 export all work on these rectangles and on nothing else.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tetrascope.models.weights import HFTensor
+from tetrascope.models.weights import Piece, cut_rows
 from tetrascope.parallel.tensor.placement import Block
 
 
@@ -36,13 +36,13 @@ def shards(
     start: int,
     local_shape: tuple[int, ...],
     blocks: Sequence[Block],
-    pieces: Sequence[HFTensor],
+    pieces: Sequence[Piece],
 ) -> list[Shard]:
     """Cuts a run of a local parameter's elements into shards.
 
     flat: the elements [start, start + flat.numel()) of the local parameter in row-major order, one-dimensional.
-    local_shape: of the local parameter. blocks: its place in the whole one. pieces: the logical tensors stacked in
-    the whole one.
+    local_shape: of the local parameter. blocks: its place in the whole one. pieces: the rows of logical tensors
+    stacked in the whole one.
     """
     columns = local_shape[1] if len(local_shape) > 1 else 1
     found = []
@@ -52,21 +52,14 @@ def shards(
             low = max(rows.start, block.local_row)
             high = min(rows.stop, block.local_row + block.size[0])
             shift = block.start[0] - block.local_row
-            piece_row = 0
-            for piece in pieces:
-                first = max(low, piece_row - shift)
-                last = min(high, piece_row + piece.matrix[0] - shift)
-                if first < last:
-                    begin = first * columns + cols.start - start
-                    view = flat[begin : begin + (last - first) * len(cols)]
-                    row = first + shift - piece_row
-                    if len(local_shape) > 1:
-                        offset: tuple[int, ...] = (row, block.start[1] + cols.start)
-                        view = view.view(last - first, len(cols))
-                    else:
-                        offset = (row,)
-                    found.append(Shard(piece.name, piece.matrix, offset, view))
-                piece_row += piece.matrix[0]
+            for row, piece in cut_rows(pieces, low + shift, high - low):
+                begin = (row - shift) * columns + cols.start - start
+                view = flat[begin : begin + piece.rows * len(cols)]
+                offset: tuple[int, ...] = (piece.start,)
+                if len(local_shape) > 1:
+                    offset = (piece.start, block.start[1] + cols.start)
+                    view = view.view(piece.rows, len(cols))
+                found.append(Shard(piece.tensor.name, piece.tensor.matrix, offset, view))
     return found
 
 

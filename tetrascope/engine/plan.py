@@ -14,20 +14,21 @@ import numpy as np
 
 from tetrascope.engine.config import BatchSection
 from tetrascope.errors import UserError
+from tetrascope.models.media import Media
 from tetrascope.parallel.mesh import Layout
 
 
 @dataclass(frozen=True)
 class SampleInfo:
-    """What the planner knows of a sample: tokens after expansion, supervised ones, and its images' patch grids."""
+    """What the planner knows of a sample: tokens after expansion, supervised ones, and its images and videos."""
 
     tokens: int
     supervised: int
-    grids: tuple[tuple[int, int, int], ...]
+    media: tuple[Media, ...]
 
     @property
     def patches(self) -> int:
-        return sum(t * h * w for t, h, w in self.grids)
+        return sum(one.patches for one in self.media)
 
     @property
     def cost(self) -> int:
@@ -48,6 +49,7 @@ class StepPlan:
     """A step: `micro_batches[dp]` are the micro-batches of a data-parallel rank, in order."""
 
     step: int
+    epoch: int
     samples: tuple[int, ...]
     micro_batches: tuple[tuple[MicroBatchPlan, ...], ...]
 
@@ -83,13 +85,16 @@ class Planner:
         generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
         return generator.permutation(len(self._infos))
 
+    @property
+    def _steps_per_epoch(self) -> int:
+        return len(self._infos) // self._batch.samples
+
     def _global_batch(self, step: int) -> tuple[int, ...]:
         """Sample numbers of a step: consecutive places of the endless sequence of epochs.
 
         The last places of an epoch that do not fill a batch are left out, so that no batch holds a sample twice.
         """
-        per_epoch = len(self._infos) // self._batch.samples
-        epoch, place = divmod(step, per_epoch)
+        epoch, place = divmod(step, self._steps_per_epoch)
         start = place * self._batch.samples
         return tuple(int(i) for i in self._order(epoch)[start : start + self._batch.samples])
 
@@ -107,7 +112,9 @@ class Planner:
             bins[lightest].append(sample)
             loads[lightest] += self._infos[sample].cost
         planned = [MicroBatchPlan(tuple(b), self._rows(b)) for b in bins]
-        return StepPlan(step, samples, tuple(tuple(planned[r * per_rank : (r + 1) * per_rank]) for r in range(ranks)))
+        epoch = step // self._steps_per_epoch
+        of_ranks = tuple(tuple(planned[r * per_rank : (r + 1) * per_rank]) for r in range(ranks))
+        return StepPlan(step, epoch, samples, of_ranks)
 
     def _rows(self, samples: Sequence[int]) -> int:
         """Token rows padded to what sequence parallelism divides."""

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from tetrascope.engine.build import check_layout
-from tetrascope.engine.config import Config, validated
+from tetrascope.engine.config import Config, DataSection, validated
 from tetrascope.engine.data.dataset import load_tokenizer
+from tetrascope.engine.modules import ModuleOptions, family_modules
 from tetrascope.engine.source import HuggingFaceFolder, Source, random_source, read_hf_config
 from tetrascope.engine.storage import check_writable
 from tetrascope.errors import UserError
-from tetrascope.models.family import Family, get_family
+from tetrascope.models.family import Family, family_of, get_family
 from tetrascope.models.layers.attention import AttentionFn, pick_attention
+from tetrascope.models.media import MEDIA_OPTIONS
 from tetrascope.parallel.mesh import Layout
 from tetrascope.parallel.pipeline.actions import Schedule, validate
 from tetrascope.parallel.pipeline.generators import SCHEDULES
@@ -30,11 +32,13 @@ class Setup:
     layout: Layout
     schedule: Schedule
     attention: tuple[str, AttentionFn]
+    modules: dict[str, ModuleOptions]
+    """Options of every parameter of the whole model."""
 
     def source(self) -> Source:
         """Where the first weights come from."""
         if self.config.model.init_from is not None:
-            return HuggingFaceFolder(self.config.model.init_from)
+            return HuggingFaceFolder(self.config.model.init_from, self.family.layouts, self.model_config)
         return random_source(
             self.config.train.seed, lambda name, shape: self.family.initial(self.model_config, name, shape)
         )
@@ -61,10 +65,7 @@ def prepare(config: Config, world: int | None) -> Setup:
         )
     if not config.data.train.is_file():
         raise UserError(f"data.train: {config.data.train} does not exist; make it first or fix the path")
-    if config.data.min_pixels > config.data.max_pixels:
-        raise UserError(
-            f"data.min_pixels: {config.data.min_pixels} is more than data.max_pixels={config.data.max_pixels}; lower it"
-        )
+    check_media_options(config.data, family)
     check_writable(config.output.dir)
     tokenizer = load_tokenizer(config.data.tokenizer)
     model_config = _model_config(config, family, tokenizer)
@@ -74,9 +75,23 @@ def prepare(config: Config, world: int | None) -> Setup:
             "use the tokenizer that belongs to the model"
         )
     check_layout(model_config, layout, config.parallel.split)
+    modules = family_modules(family, model_config, config.optimizer)
     schedule = SCHEDULES[config.parallel.schedule](layout.pp, config.batch.micro_batches)
     validate(schedule, config.batch.micro_batches)
-    return Setup(config, family, model_config, tokenizer, layout, schedule, pick_attention(config.kernels.attention))
+    attention = pick_attention(config.kernels.attention)
+    return Setup(config, family, model_config, tokenizer, layout, schedule, attention, modules)
+
+
+def check_media_options(options: DataSection, family: Family) -> None:
+    """Raises UserError for a choice that means nothing to the family, or a chat format that it does not have."""
+    given = {name for name in MEDIA_OPTIONS if getattr(options, name) is not None}
+    if useless := sorted(given - family.media_options):
+        raise UserError(
+            f"data.{useless[0]}: means nothing to {family.name}, which knows "
+            f"{', '.join(sorted(family.media_options)) or 'none of these options'}; remove it"
+        )
+    if options.chat is not None and options.chat not in family.chats:
+        raise UserError(f"data.chat: unknown {options.chat!r}; {family.name} has {', '.join(family.chats)}")
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -92,10 +107,16 @@ def _sections(*values: object) -> bool:
 def _model_config(config: Config, family: Family, tokenizer: Any) -> Any:
     model = config.model
     if model.init_from is not None:
-        own = dataclasses.asdict(family.from_hf(read_hf_config(model.init_from)))
+        raw = read_hf_config(model.init_from)
+        found = family_of(raw)
+        if found != family.name:
+            raise UserError(
+                f"model.family: {model.init_from}/config.json is of family {found!r}, not {family.name!r}; "
+                f"set model.family={found} or give another folder"
+            )
+        own = dataclasses.asdict(family.from_hf(raw))
         checked = validated(family.config_class, _merged(own, model.config or {}), "model.config")
-        pieces = {piece for pieces in family.weights(checked).values() for piece in pieces}
-        HuggingFaceFolder(model.init_from).check(pieces)
+        HuggingFaceFolder(model.init_from, family.layouts, checked).check()
         return checked
     if model.config is None:
         raise UserError(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tetrascope.engine.hf_files import TensorFolder
 from tetrascope.engine.logical import Shard
 from tetrascope.errors import UserError
-from tetrascope.models.weights import HFTensor
+from tetrascope.models.weights import CheckpointLayout, HFTensor, Piece, logical_tensors, relative, rows_of
 
 Source = Callable[[Shard], Tensor]
 """A shard (name, offset, shape of its rectangle) -> the numbers that belong in it."""
@@ -51,63 +53,78 @@ def memory_source(tensors: Mapping[str, Tensor]) -> Source:
 
 
 class HuggingFaceFolder:
-    """A Hugging Face checkpoint folder, read lazily: only the rows and columns that are asked for.
+    """A Hugging Face checkpoint folder in any of a family's layouts, read lazily: only the rows and columns asked for.
 
-    Raises UserError for a folder without safetensors files, a missing tensor, or one of another shape.
+    Which layout it is follows from its tensor names. Raises UserError for a folder without tensor files, and for one
+    that lacks tensors of the model or holds others besides: by names here, by shapes in `check`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, layouts: Mapping[str, CheckpointLayout], config: Any) -> None:
+        maps = {name: layout.weights(config) for name, layout in layouts.items()}
+        subfolders = {name.rpartition("/")[0] for weights in maps.values() for name in logical_tensors(weights)} - {""}
+        self.files = TensorFolder(folder, subfolders)
         self.folder = folder
-        self._files: dict[str, Any] = {}
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                self._where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{index}: holds no weight_map ({error!r}); copy it again") from error
-        elif (folder / "model.safetensors").exists():
-            self._where = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
-        else:
+        self.layout = self._recognise(layouts, config)
+        canonical = next(iter(maps.values()))
+        self._tensors = logical_tensors(maps[self.layout])
+        self._logical = logical_tensors(canonical)
+        self._pieces = relative(canonical, maps[self.layout])
+        copies = layouts[self.layout].copies(config)
+        self._copies = {original: copy for copy, original in copies.items() if copy in self.files.names()}
+
+    def _recognise(self, layouts: Mapping[str, CheckpointLayout], config: Any) -> str:
+        """The layout that the folder's tensor names fit. Raises UserError with what the nearest one misses."""
+        differences = {name: layout.differences(config, self.files.names()) for name, layout in layouts.items()}
+        nearest = min(differences, key=lambda name: sum(map(len, differences[name])))
+        missing, odd = differences[nearest]
+        if missing or odd:
+            parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"holds {_some(odd)} besides"] * bool(odd)
             raise UserError(
-                f"model.init_from: {folder} has no model.safetensors; give a Hugging Face checkpoint folder"
+                f"model.init_from: {self.folder}, taken for layout {nearest!r}, {' and '.join(parts)}; "
+                "it belongs to another model or is incomplete"
             )
+        return nearest
 
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            from safetensors import SafetensorError, safe_open
+    def check(self) -> None:
+        """Raises UserError unless all tensors have the shapes that the configuration gives. Reads headers only."""
+        for tensor in self._tensors.values():
+            self._check_shape(tensor)
+        for original, copy in self._copies.items():
+            self._check_shape(replace(self._tensors[original], name=copy))
 
-            try:
-                self._files[file] = safe_open(str(self.folder / file), framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{self.folder / file}: cannot be read ({error}); copy it again") from error
-        return self._files[file]
-
-    def check(self, tensors: Iterable[HFTensor]) -> None:
-        """Raises UserError unless the folder holds just these tensors, in these shapes. Reads headers only."""
-        expected = {tensor.name: tensor.shape for tensor in tensors}
-        missing, unread = sorted(expected.keys() - self._where), sorted(self._where.keys() - expected)
-        if missing or unread:
-            parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"holds {_some(unread)} besides"] * bool(unread)
-            raise UserError(
-                f"model.init_from: {self.folder} {' and '.join(parts)}; it belongs to another model or is incomplete"
-            )
-        for name, shape in expected.items():
-            found = tuple(self._open(self._where[name]).get_slice(name).get_shape())
-            if found != shape:
-                raise UserError(f"{self.folder}: {name} has shape {found}, the configuration expects {shape}")
+    def _check_shape(self, tensor: HFTensor) -> None:
+        found = self.files.shape(tensor.name)
+        if found != tensor.shape:
+            raise UserError(f"{self.folder}: {tensor.name} has shape {found}, the configuration expects {tensor.shape}")
 
     def __call__(self, shard: Shard) -> Tensor:
-        if shard.name not in self._where:
+        """The numbers of a shard of a logical tensor."""
+        if shard.name not in self._logical:
             raise UserError(f"{self.folder}: has no tensor {shard.name!r}, which the model needs")
-        view = self._open(self._where[shard.name]).get_slice(shard.name)
-        shape = tuple(view.get_shape())
-        if len(shape) > 2:
-            tensor: Tensor = view[:]
-            if tensor.numel() == torch.Size(shard.shape).numel() and shape[0] == shard.shape[0]:
-                return _cut(tensor, shard)
-        if shape != shard.shape:
-            raise UserError(f"{self.folder}: {shard.name} has shape {shape}, the configuration expects {shard.shape}")
-        return view[tuple(slice(o, o + n) for o, n in zip(shard.offset, shard.tensor.shape, strict=True))]
+        if shard.shape != self._logical[shard.name].matrix:
+            raise ValueError(f"{shard.name} is {self._logical[shard.name].matrix}, not {shard.shape}")
+        rows = shard.tensor.shape[0]
+        columns = tuple(slice(o, o + n) for o, n in zip(shard.offset[1:], shard.tensor.shape[1:], strict=True))
+        pieces = rows_of(self._pieces[shard.name], shard.offset[0], rows)
+        parts = [self._read(piece, columns) for piece in pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _read(self, piece: Piece, columns: tuple[slice, ...]) -> Tensor:
+        place = (slice(piece.start, piece.start + piece.rows), *columns)
+        numbers = self._read_tensor(piece.tensor, place)
+        copy = self._copies.get(piece.tensor.name)
+        if copy is not None and not torch.equal(numbers, self._read_tensor(replace(piece.tensor, name=copy), place)):
+            raise UserError(
+                f"{self.folder}: {copy} differs from {piece.tensor.name}, but the configuration ties the two; "
+                "set tie_word_embeddings to false in config.json, or remove the one that does not count"
+            )
+        return numbers
+
+    def _read_tensor(self, tensor: HFTensor, place: tuple[slice, ...]) -> Tensor:
+        self._check_shape(tensor)
+        if tensor.shape == tensor.matrix:
+            return self.files.read(tensor.name, place)
+        return self.files.read(tensor.name).reshape(tensor.matrix)[place]
 
 
 def _some(names: list[str]) -> str:
@@ -115,10 +132,24 @@ def _some(names: list[str]) -> str:
     return f"{len(names)} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
 
 
+PARTS = ("llm", "mm_projector", "vision_tower")
+"""Subfolders with a config.json of their own, in checkpoints that keep the parts of a model apart, as VILA's do."""
+
+
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """The contents of a Hugging Face folder's config.json. Raises UserError when it cannot be read."""
+    """The contents of a Hugging Face folder's config.json; those of its PARTS, where there are any, under their names.
+
+    Raises UserError when one cannot be read.
+    """
+    config = _read_json(folder / "config.json")
+    return config | {part: _read_json(path) for part in PARTS if (path := folder / part / "config.json").exists()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/config.json: cannot be read ({error}); give a Hugging Face folder") from error
-    return config
+        raise UserError(f"{path}: cannot be read ({error}); give a Hugging Face folder") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object; give a Hugging Face folder")
+    return content

@@ -44,7 +44,7 @@ def forward_backward(
     width = model.config.decoder.hidden
     shapes = [(b.inputs.documents.total // mesh.size("tp"), width) for b in batches]
     dtype = next(iter(model.placed.values())).param.dtype
-    losses = execute(schedule[mesh.index("pp")], forward, shapes, dtype, mesh)
+    losses = execute(schedule[mesh.index("pp")], forward, shapes, dtype, mesh, model.gradient_borders)
     if not losses or mesh.index("tp"):
         return torch.zeros((), device=mesh.device)
     return torch.stack(losses).sum()

@@ -21,6 +21,7 @@ from tetrascope.engine.data.dataset import Dataset
 from tetrascope.engine.data.loader import Loader, StepData
 from tetrascope.engine.lr import learning_rate
 from tetrascope.engine.metrics import MetricsLog
+from tetrascope.engine.modules import summary, trained
 from tetrascope.engine.plan import Planner, StepPlan
 from tetrascope.engine.setup import Setup
 from tetrascope.engine.step import forward_backward
@@ -101,10 +102,12 @@ class Trainer:
         self.mesh = Mesh(setup.layout, self.device.type)
         dtype = getattr(torch, config.train.dtype)
         self.model = StageModel(
-            setup.family, setup.model_config, self.mesh, config.parallel.split, setup.attention[1], dtype
+            setup.family, setup.model_config, self.mesh, config.parallel.split, setup.attention[1], dtype, setup.modules
         )
         self.optimizer = build_optimizer(self.model, config.optimizer, self.device)
-        self.loader = Loader(self.dataset, planner, setup.family, setup.model_config, self.mesh, self.device)
+        self.loader = Loader(
+            self.dataset, planner, setup.family, setup.model_config, self.mesh, self.device, config.train.seed
+        )
         self.skipped: dict[int, str] = {}
         self.step_number = 0
 
@@ -129,8 +132,9 @@ class Trainer:
         if not found:
             self.model.load(self.setup.source(), self.optimizer)
             return f"starting from {self.config.model.init_from or 'random weights'}"
-        self.step_number = load_checkpoint(found, self.model, self.optimizer)
-        return f"going on from {found}, step {self.step_number}{_changed_order(found, self.config)}"
+        self.step_number, fresh = load_checkpoint(found, self.model, self.optimizer)
+        note = f"; {len(fresh)} tensors newly trained: their moments and Adam's step count start at zero" if fresh else ""
+        return f"going on from {found}, step {self.step_number}{note}{_changed_order(found, self.config)}"
 
     def step(self, last: bool) -> StepStats:
         """Takes one optimizer step; `last`: none will follow, do not prepare one.
@@ -185,15 +189,15 @@ class Trainer:
 
     def _stats(self, plan: StepPlan, loss: float, norm: float, lr: float, seconds: float, waited: float) -> StepStats:
         infos = [self.dataset.samples[i].info for i in plan.samples]
-        frames = [h * w for info in infos for t, h, w in info.grids for _ in range(t)]
+        media = [one for info in infos for one in info.media]
         documents = [info.tokens for info in infos]
-        vision, language = flops.training_flops(self.setup.model_config, frames, documents)
+        vision, language = flops.training_flops(self.setup.model_config, media, documents, trained(self.setup.modules))
         return StepStats(
             loss=loss,
             grad_norm=norm,
             lr=lr,
             tokens=sum(documents),
-            images=sum(len(info.grids) for info in infos),
+            images=len(media),
             skipped=len(self.skipped),
             vision_flops=vision,
             language_flops=language,
@@ -250,7 +254,8 @@ def _run(trainer: Trainer, resume: bool) -> Outcome:
     with MetricsLog(config.output.dir, trainer.step_number, steps, active) as log:
         log.say(
             f"{setup.family.name} on {setup.layout}, {trainer.device.type}, {config.train.dtype}, "
-            f"attention: {setup.attention[0]}, {len(trainer.dataset)} samples; {origin}"
+            f"attention: {setup.attention[0]}, {len(trainer.dataset)} samples; "
+            f"{summary(setup.family.weights(setup.model_config), setup.modules)}; {origin}"
         )
         reported = 0
         while trainer.step_number < steps:

@@ -8,19 +8,21 @@ them together; the rest of the engine uses nothing else of it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from tetrascope.errors import UserError
 from tetrascope.models.layers.attention import AttentionFn
 from tetrascope.models.layers.decoder import DecoderShape
+from tetrascope.models.layers.positions import Draw
+from tetrascope.models.media import Media, MediaOptions, VisionCost, VisionLayout
 from tetrascope.models.sharding import ShardingTable
-from tetrascope.models.weights import WeightMap
+from tetrascope.models.weights import CheckpointLayout, WeightMap
 
 FAMILIES = {"qwen2_vl": "tetrascope.models.qwen2_vl"}
 """Family name -> module that defines FAMILY."""
@@ -39,20 +41,12 @@ class Stage:
 
 
 class VisionShape(Protocol):
-    """The vision widths that FLOP counting and layout checks need."""
+    """What layout checks and blank pictures need of the vision encoder."""
 
-    @property
-    def width(self) -> int: ...
-    @property
-    def layers(self) -> int: ...
     @property
     def heads(self) -> int: ...
     @property
-    def mlp(self) -> int: ...
-    @property
     def patch_width(self) -> int: ...
-    @property
-    def merge(self) -> int: ...
 
 
 class ModelConfig(Protocol):
@@ -62,16 +56,34 @@ class ModelConfig(Protocol):
     def decoder(self) -> DecoderShape: ...
     @property
     def vision(self) -> VisionShape: ...
+    @property
+    def vision_cost(self) -> VisionCost: ...
+    @property
+    def typical(self) -> Media:
+        """A picture of usual size, by which costs are weighed when none is known."""
+    @property
+    def pad_token_id(self) -> int: ...
+    @property
+    def eos_token_id(self) -> int: ...
 
 
-class ImageProcessor(Protocol):
-    """From a picture to patch rows."""
+class MediaProcessor(Protocol):
+    """From pictures and videos to patch rows. Sizes are known from file headers before any pixel is."""
 
-    def grid(self, width: int, height: int) -> tuple[int, int, int]:
-        """Frames, patch rows and patch columns of a picture of that size, from its header alone."""
+    def image(self, width: int, height: int, images: int) -> Media:
+        """A picture of that size in a sample of that many images and videos.
 
-    def patches(self, image: Image.Image) -> np.ndarray:
-        """float32 `[t·h·w, P]`, in the order the model expects."""
+        Raises UserError for a size that the family cannot take.
+        """
+
+    def video(self, frames: int, fps: float, width: int, height: int) -> Media:
+        """A video of that many frames, of which `numbers` will be decoded. Raises UserError when it has too few."""
+
+    def rows(self, pictures: Sequence[Image.Image], of: Media) -> np.ndarray:
+        """float32 `[of.patches, P]` in the order the model expects.
+
+        pictures: RGB; the one picture of an image, or the frames `of.numbers` of a video.
+        """
 
     def save(self, folder: str) -> None:
         """Writes the Hugging Face `preprocessor_config.json`."""
@@ -80,10 +92,10 @@ class ImageProcessor(Protocol):
 class Chat(Protocol):
     """From messages to tokens."""
 
-    def encode(self, messages: Sequence[dict[str, Any]], visual_tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, messages: Sequence[dict[str, Any]], media: Sequence[Media]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int64 `[T]` and which of them are supervised, bool `[T]`.
 
-        `visual_tokens`: number of visual tokens of each image, in order.
+        media: the images and videos of the messages, in order.
         """
 
 
@@ -92,6 +104,8 @@ class Family:
     """Everything the engine knows of a model family."""
 
     name: str
+    architectures: tuple[str, ...]
+    """What `architectures` in config.json says of its checkpoints, in any layout."""
     config_class: type
     complete: Callable[[dict[str, Any], Any], dict[str, Any]]
     """Fills vocabulary size and special token ids of a configuration from a tokenizer."""
@@ -101,18 +115,28 @@ class Family:
     build: Callable[[Any, Stage, AttentionFn], nn.Module]
     sharding: Callable[[Any], ShardingTable]
     weights: Callable[[Any], WeightMap]
+    """The canonical weight map, whose tensors are the logical ones."""
+    layouts: Mapping[str, CheckpointLayout]
+    """Kinds of checkpoints, by name; the canonical one, that of `weights`, first."""
     initial: Callable[[Any, str, tuple[int, ...]], tuple[str, float]]
     """Hugging Face tensor name and shape -> ("normal", standard deviation) or ("constant", value)."""
-    positions: Callable[[Any, np.ndarray, Sequence[tuple[int, int, int]]], np.ndarray]
-    """Token ids and media grids of one sample -> position ids int64 `[axes, T]`."""
-    patch_positions: Callable[[Any, Sequence[tuple[int, int, int]]], tuple[Tensor, tuple[int, ...]]]
-    """Media grids -> patch positions int64 `[2, N]` and frame lengths in patches."""
+    positions: Callable[[Any, np.ndarray, Sequence[Media], Draw], np.ndarray]
+    """Token ids and media of one sample -> position ids int64 `[axes, T]`; Draw: see layers/positions.py."""
+    vision_layout: Callable[[Any, Sequence[Media]], VisionLayout]
+    """The media of a micro-batch -> positions of their rows, and which features become which tokens."""
+    row_block: Callable[[Any], int]
+    """Encoder rows that must stay together when the rows are divided."""
     visual_ids: Callable[[Any], tuple[int, ...]]
     """The token ids that visual features replace."""
-    image_processor: Callable[[Any, int, int], ImageProcessor]
-    """Configuration, min and max pixels of a picture."""
-    chat: Callable[[Any, Any], Chat]
-    """Configuration and tokenizer."""
+    media: Callable[[Any, MediaOptions], MediaProcessor]
+    media_options: frozenset[str]
+    """Which of MediaOptions' fields mean something to the family."""
+    chats: Mapping[str, Callable[[Any, Any], Chat]]
+    """Chat formats by name, the default one first: configuration and tokenizer -> Chat."""
+    presets: Mapping[str, Callable[[], Any]]
+    """Published sizes by name -> configuration."""
+    unused: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    """Patterns of parameters that take no part in computing: kept for export, never trained."""
 
 
 def get_family(name: str) -> Family:
@@ -121,3 +145,18 @@ def get_family(name: str) -> Family:
         raise UserError(f"model.family: unknown family {name!r}; known families: {', '.join(sorted(FAMILIES))}")
     family: Family = importlib.import_module(FAMILIES[name]).FAMILY
     return family
+
+
+def family_of(raw: Mapping[str, Any]) -> str:
+    """The name of the family that the contents of a config.json belong to.
+
+    `architectures` decides, or where it is empty `model_type`. Raises UserError when no family knows the model.
+    """
+    named = raw.get("architectures") or []
+    for name in FAMILIES:
+        if set(named) & set(get_family(name).architectures) or (not named and raw.get("model_type") == name):
+            return name
+    raise UserError(
+        f"config.json: no family knows a model with architectures {named} and model_type {raw.get('model_type')!r}; "
+        f"known families: {', '.join(sorted(FAMILIES))}"
+    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tetrascope.models.layers.packed import Packed
+from tetrascope.models.media import Media
 
 
 @dataclass(frozen=True)
@@ -14,28 +15,34 @@ class VisionInputs:
     """The images and frames of a micro-batch.
 
     patches: float `[N, P]`, the patch rows that this rank embeds (all rows, or its share under tensor parallelism).
-    positions: int64 `[2, N_all]`, height and width of every patch in its frame, in patch units.
-    frames: lengths of the frames in patch rows; their total is N_all.
+    positions: int64 `[K, N_all]`, what the encoder must know of every row, as the family defines it; here: int64
+    `[K, N]`, the same for the rows in `patches`.
+    frames, windows: lengths of the attention sequences in rows; their totals are N_all (windows: None without any).
+    media: the images and videos whose rows these are, in order.
     rows: int64 `[M]`, which of this rank's hidden rows are visual tokens.
-    picks: int64 `[M]`, which merged feature goes to each of those rows.
+    picks: int64 `[C, M]`, weights: float32 `[C, M]` or None: each of those rows is a weighted sum of C features.
     """
 
     patches_NP: Tensor
-    positions_2N: Tensor
+    positions_KN: Tensor
+    here_KN: Tensor
     frames: Packed
+    windows: Packed | None
+    media: tuple[Media, ...]
     rows_M: Tensor
-    picks_M: Tensor
+    picks_CM: Tensor
+    weights_CM: Tensor | None
 
 
 @dataclass(frozen=True)
 class Inputs:
     """A packed micro-batch.
 
-    token_ids: int64 `[T]`; positions: int64 `[axes, T]` (3 axes for M-RoPE); documents: sample lengths, total T.
-    vision: None when the micro-batch has no image or this stage does not encode.
+    token_ids: int64 `[T]`; positions: int64 `[axes, T]` (3 axes for M-RoPE, 1 otherwise, then in 1/256 of a token);
+    documents: sample lengths, total T. vision: None when the micro-batch has no image or this stage does not encode.
     """
 
     token_ids_T: Tensor
-    positions_3T: Tensor
+    positions_AT: Tensor
     documents: Packed
     vision: VisionInputs | None

@@ -14,9 +14,13 @@ from tetrascope.errors import UserError
 
 @dataclass(frozen=True)
 class Column:
-    """Linear divided by output rows. `segments`: sizes of the fused parts (q, k, v …), each divided on its own."""
+    """Linear divided by output rows. `segments`: sizes of the fused parts (q, k, v …), each divided on its own.
+
+    `gather`: collect the ranks' shares of the tokens first; False where every rank has them all already.
+    """
 
     segments: tuple[int, ...]
+    gather: bool = True
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,16 @@ class Replicated:
     """The same parameters on every rank, each rank computing on its own share of the tokens."""
 
 
-Rule = Column | Row | Vocab | Replicated
+@dataclass(frozen=True)
+class Gather:
+    """A `Collect` module: from here on every rank has all the tokens.
+
+    What follows, up to a Row linear, is computed by every rank on all of them; the gradients of its replicated
+    parameters are partial sums all the same, since each rank's gradient comes from its own part of what follows.
+    """
+
+
+Rule = Column | Row | Vocab | Replicated | Gather
 ShardingTable = list[tuple[str, Rule]]
 
 

@@ -13,8 +13,10 @@ import pytest
 
 from tetrascope.engine.config import validated
 from tetrascope.errors import UserError
+from tetrascope.models.media import Media
 from tetrascope.models.qwen2_vl import FAMILY
 from tetrascope.models.qwen2_vl.chat import ChatML, render
+from tetrascope.models.qwen2_vl.config import media
 
 SHAPES = {
     "decoder": {"hidden": 64, "intermediate": 96, "layers": 1, "heads": 4, "kv_heads": 2},
@@ -36,6 +38,11 @@ def assistant(*content: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": list(content)}
 
 
+def seen(counts: list[int]) -> list[Media]:
+    """Images of so many tokens."""
+    return [media("image", (1, 2, 2 * count), 2) for count in counts]
+
+
 @pytest.fixture(scope="module")
 def chat(tokenizer: Any) -> ChatML:
     return chat_of(tokenizer)
@@ -48,9 +55,9 @@ def chat_of(tokenizer: Any) -> ChatML:
 
 def tokens(chat: ChatML, messages: list[dict[str, Any]], visual: list[int]) -> list[tuple[str, bool]]:
     """(token as text, supervised) of a conversation."""
-    ids, supervised = chat.encode(messages, visual)
+    ids, supervised = chat.encode(messages, seen(visual))
     assert ids.dtype == np.int64 and supervised.dtype == bool and ids.shape == supervised.shape
-    words = [chat._tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+    words = [chat._text._tokenizer.decode([i], skip_special_tokens=False) for i in ids]
     return [(word, bool(s)) for word, s in zip(words, supervised, strict=True)]
 
 
@@ -117,7 +124,7 @@ ANSWERS = ["héllo", "数字 3", "a😀b", "e\u0301", " leading", "trailing ", "
 def test_every_token_of_an_answer_is_supervised(chat: ChatML, answer: str) -> None:
     # Supervision comes from character offsets, which differ from bytes: the supervised tokens must be the answer.
     ids, supervised = chat.encode([user(text("q")), assistant(text(answer))], [])
-    assert chat._tokenizer.decode(ids[supervised].tolist(), skip_special_tokens=False) == answer + "<|im_end|>"
+    assert chat._text._tokenizer.decode(ids[supervised].tolist(), skip_special_tokens=False) == answer + "<|im_end|>"
 
 
 def test_text_is_what_the_chat_template_gives(tokenizer: Any) -> None:
@@ -150,7 +157,7 @@ def test_text_is_what_the_chat_template_gives(tokenizer: Any) -> None:
         ([user(text("<|image_pad|>")), assistant(text("x"))], [], "1 image places but 0 images"),
         ([{"role": "tool", "content": "x"}], [], "role 'tool' must be system, user or assistant"),
         ([{"role": "user"}], [], "content must be a string or a list of parts, not NoneType"),
-        ([user({"type": "audio"})], [], "part .*audio.* must be"),
+        ([user({"type": "audio"})], [], "part .*audio.* has a type that is none of"),
         ([user({"type": "text"})], [], "part .* must be"),
         ([user("words")], [], "part 'words' must be"),
         ([user(text("\ud83d")), assistant(text("x"))], [], "not Unicode text .surrogates not allowed"),
@@ -159,7 +166,7 @@ def test_text_is_what_the_chat_template_gives(tokenizer: Any) -> None:
 )
 def test_what_cannot_be_used_is_named(chat: ChatML, messages: list[Any], visual: list[int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        chat.encode(messages, visual)
+        chat.encode(messages, seen(visual))
 
 
 def test_complete_takes_ids_and_vocabulary_from_the_tokenizer(tokenizer: Any) -> None:

@@ -22,6 +22,7 @@ from tetrascope.models.layers.attention import KERNELS, sdpa_attention
 from tetrascope.models.layers.packed import Packed
 from tetrascope.models.qwen2_vl import FAMILY
 from tetrascope.models.qwen2_vl.vision import axial_tables
+from tetrascope.models.weights import Piece
 from tetrascope.tools.verify.case import Case
 from tetrascope.tools.verify.families.qwen2_vl import CONTENTS, forward, make_case, name_on_disk, oracle
 
@@ -33,6 +34,10 @@ VIDEO_SAMPLE = 3
 """The first sample with a video; its frames outnumber its merged rows and columns."""
 
 KINDS = {"image": 0, "text": 1, "two images": 2, "video": VIDEO_SAMPLE, "image and video": 6}
+
+
+def rows(tensors: dict[str, Tensor], piece: Piece) -> Tensor:
+    return tensors[piece.tensor.name].reshape(piece.tensor.matrix)[piece.start : piece.start + piece.rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Pair:
         pieces = FAMILY.weights(config)
         with torch.no_grad():
             for name, param in model.named_parameters():
-                param.copy_(torch.cat([self.case.weights[p.name].reshape(p.matrix) for p in pieces[name]]))
+                param.copy_(torch.cat([rows(self.case.weights, piece) for piece in pieces[name]]))
         return model
 
     def inputs(self, documents: tuple[Document, ...], pad: int = 0) -> Inputs:
@@ -110,8 +115,8 @@ def test_logits_by_the_rule_of_the_paper(pair: Pair) -> None:
     config = dataclasses.replace(pair.case.config, position_rule="paper")
     for number in (VIDEO_SAMPLE, 6):
         document = pair.documents[number]
-        positions = FAMILY.positions(config, document.ids_T, document.grids)
-        inputs = pair.inputs((dataclasses.replace(document, positions_3T=positions),))
+        positions = FAMILY.positions(config, document.ids_T, document.media, (0, 0, 0))
+        inputs = pair.inputs((dataclasses.replace(document, positions_AT=positions),))
         assert_same_logits(pair.ours()(inputs), forward(pair.theirs, document, torch.from_numpy(positions)))
 
 
@@ -119,8 +124,8 @@ def test_logits_by_the_rule_of_the_paper(pair: Pair) -> None:
 def test_the_oracle_would_notice_wrong_positions(pair: Pair) -> None:
     document = pair.documents[VIDEO_SAMPLE]
     config = dataclasses.replace(pair.case.config, position_rule="paper")
-    paper = torch.from_numpy(FAMILY.positions(config, document.ids_T, document.grids))
-    hf = torch.from_numpy(document.positions_3T)
+    paper = torch.from_numpy(FAMILY.positions(config, document.ids_T, document.media, (0, 0, 0)))
+    hf = torch.from_numpy(document.positions_AT)
     logits = [forward(pair.theirs, document, positions) for positions in (hf, paper)]
     assert torch.equal(logits[0], forward(pair.theirs, document))  # its own rule is the one called hf
     assert (logits[0] - logits[1]).abs().max() > 0.1
@@ -182,7 +187,7 @@ def test_gradients_reach_the_pixels_of_their_own_document_alone(pair: Pair) -> N
     logits = pair.ours()(inputs)
     logits[: len(pair.documents[0].ids_T)].square().sum().backward()
     assert patches.grad is not None
-    own = pair.documents[0].grids[0][1] * pair.documents[0].grids[0][2]
+    own = pair.documents[0].media[0].patches
     assert patches.grad[:own].abs().max(dim=1).values.min() > 0
     assert patches.grad[own:].abs().max() == 0
 

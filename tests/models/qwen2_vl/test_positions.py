@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from tetrascope.errors import UserError
+from tetrascope.models.qwen2_vl import FAMILY
+from tetrascope.models.qwen2_vl.config import media
 from tetrascope.models.qwen2_vl.positions import mrope_positions, patch_positions
 from tetrascope.tools.verify.families.qwen2_vl import (
     CONTENTS,
@@ -37,7 +39,7 @@ GOLDEN: Content = (5, (1, 4, 6), 4, (3, 4, 4), 7)
 @pytest.mark.parametrize(("config", "after_video"), [(PAPER, 18), (HF, 17)])
 def test_golden_positions(config: object, after_video: int) -> None:
     document = make_document(HF, GOLDEN, seed=0)
-    positions = mrope_positions(config, document.ids_T, document.grids)  # type: ignore[arg-type]
+    positions = FAMILY.positions(config, document.ids_T, document.media, (0, 0, 0))
     text = list(range(6))
     between = list(range(9, 15))  # end of the image, four text tokens, start of the video
     rest = list(range(after_video, after_video + 8))
@@ -81,11 +83,11 @@ def test_hf_rule_is_transformers_rule(content: Content) -> None:
     with torch.device("meta"):
         model = oracle(HF)
     ids = torch.from_numpy(document.ids_T)[None]
-    images, videos = (torch.tensor([g for g in document.grids if (g[0] > 1) == video]) for video in (False, True))
+    images, videos = (torch.tensor([m.grid for m in document.media if m.kind == k]) for k in ("image", "video"))
     expected, _ = model.model.get_rope_index(
         ids, (ids == IMAGE).int() + 2 * (ids == VIDEO).int(), image_grid_thw=images, video_grid_thw=videos
     )
-    assert torch.equal(torch.from_numpy(document.positions_3T), expected[:, 0])
+    assert torch.equal(torch.from_numpy(document.positions_AT), expected[:, 0])
 
 
 @pytest.mark.parametrize(
@@ -111,19 +113,19 @@ def test_wrong_number_of_visual_tokens_is_named(
 
 
 def test_golden_patch_order() -> None:
-    positions, frames = patch_positions(HF, [(1, 4, 6)])
+    positions = patch_positions(2, [media("image", (1, 4, 6), 2)])
     order = [(int(h), int(w)) for h, w in positions.T]
     blocks = [(0, 0), (0, 2), (0, 4), (2, 0), (2, 2), (2, 4)]
     assert order[:8] == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
     assert order == [(h + i, w + j) for h, w in blocks for i in (0, 1) for j in (0, 1)]
-    assert frames == (24,)
 
 
 def test_every_frame_is_a_document_with_the_same_positions() -> None:
-    positions, frames = patch_positions(HF, [(3, 2, 4), (1, 4, 4)])
-    one, _ = patch_positions(HF, [(1, 2, 4)])
-    other, _ = patch_positions(HF, [(1, 4, 4)])
-    assert frames == (8, 8, 8, 16)
+    shown = [media("video", (3, 2, 4), 2), media("image", (1, 4, 4), 2)]
+    assert [one.frames for one in shown] == [(8, 8, 8), (16,)]
+    positions = patch_positions(2, shown)
+    one = patch_positions(2, [media("image", (1, 2, 4), 2)])
+    other = patch_positions(2, [media("image", (1, 4, 4), 2)])
     assert positions.dtype == torch.int64
     assert torch.equal(positions, torch.cat((one, one, one, other), dim=1))
-    assert patch_positions(HF, [])[0].shape == (2, 0)
+    assert patch_positions(2, []).shape == (2, 0)

@@ -1,6 +1,6 @@
 """Pictures to patch rows.
 
-`grid` works from the header alone, long before pixels are decoded; the oracle is the grid that transformers' processor
+The grid comes from the header alone, long before pixels are decoded; the oracle is the grid that transformers' processor
 returns for real pixels. A difference would make a run stop at the first such picture. The rows' order and scale are
 checked against pictures whose every patch has a value of its own.
 """
@@ -16,8 +16,10 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tetrascope.errors import UserError
+from tetrascope.models.media import DefaultMediaOptions
+from tetrascope.models.qwen2_vl.config import media
 from tetrascope.models.qwen2_vl.positions import patch_positions
-from tetrascope.models.qwen2_vl.preprocess import Qwen2VLImages
+from tetrascope.models.qwen2_vl.preprocess import Qwen2VLMedia
 from tetrascope.tools.verify.families.qwen2_vl import tiny_config
 
 MIN_PIXELS, MAX_PIXELS = 3136, 1003520
@@ -25,8 +27,16 @@ CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711])
 
 
-def images(min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> Qwen2VLImages:
-    return Qwen2VLImages(tiny_config(), min_pixels, max_pixels)
+def images(min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> Qwen2VLMedia:
+    return Qwen2VLMedia(tiny_config(), DefaultMediaOptions(min_pixels=min_pixels, max_pixels=max_pixels))
+
+
+def grid_of(processor: Qwen2VLMedia, width: int, height: int) -> tuple[int, ...]:
+    return processor.image(width, height, 1).grid
+
+
+def rows_of(processor: Qwen2VLMedia, image: Image.Image) -> np.ndarray:
+    return processor.rows([image], processor.image(*image.size, 1))
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -45,7 +55,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     ],
 )
 def test_golden_sizes(height: int, width: int, pixels: tuple[int, int]) -> None:
-    assert images().grid(width, height) == (1, pixels[0] // 14, pixels[1] // 14)
+    assert grid_of(images(), width, height) == (1, pixels[0] // 14, pixels[1] // 14)
 
 
 @pytest.mark.parametrize(("low", "high"), [(3136, 50176), (28 * 28, 28 * 28), (10000, 20000)])
@@ -57,9 +67,9 @@ def test_grid_is_what_transformers_returns(low: int, high: int) -> None:
     for width, height in sizes:
         if max(width, height) > 200 * min(width, height):
             continue
-        rows = images(low, high).patches(picture(width, height))
+        rows = rows_of(images(low, high), picture(width, height))
         expected = theirs(picture(width, height), return_tensors="np")
-        grid = images(low, high).grid(width, height)
+        grid = grid_of(images(low, high), width, height)
         assert grid == tuple(expected["image_grid_thw"][0]), (width, height)
         assert rows.shape == (grid[1] * grid[2], 1176)
         assert rows.dtype == np.float32 and np.array_equal(rows, expected["pixel_values"]), (width, height)
@@ -67,8 +77,8 @@ def test_grid_is_what_transformers_returns(low: int, high: int) -> None:
 
 def test_default_bounds_are_not_used() -> None:
     # The class has bounds of its own (3136 and 1003520): ours must win.
-    assert images(100352, 200704).grid(56, 56) == (1, 24, 24)
-    assert len(images(100352, 200704).patches(picture(56, 56))) == 24 * 24
+    assert grid_of(images(100352, 200704), 56, 56) == (1, 24, 24)
+    assert len(rows_of(images(100352, 200704), picture(56, 56))) == 24 * 24
 
 
 def test_rows_are_patches_in_merge_order_scaled_as_clip() -> None:
@@ -76,9 +86,9 @@ def test_rows_are_patches_in_merge_order_scaled_as_clip() -> None:
     y, x = np.indices((56, 84))
     pixels = np.stack([y * 4, x * 3, (y + x) % 256], axis=-1).astype(np.uint8)
     processor = images(28 * 28, MAX_PIXELS)
-    assert processor.grid(84, 56) == (1, 4, 6)
-    rows = processor.patches(Image.fromarray(pixels)).reshape(24, 3, 2, 14, 14)
-    places, _ = patch_positions(tiny_config(), [(1, 4, 6)])
+    assert grid_of(processor, 84, 56) == (1, 4, 6)
+    rows = rows_of(processor, Image.fromarray(pixels)).reshape(24, 3, 2, 14, 14)
+    places = patch_positions(2, [media("image", (1, 4, 6), 2)])
     for row, (h, w) in zip(rows, places.T.tolist(), strict=True):
         patch = pixels[h * 14 : h * 14 + 14, w * 14 : w * 14 + 14]
         expected = ((patch / 255.0 - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1)
@@ -89,12 +99,12 @@ def test_rows_are_patches_in_merge_order_scaled_as_clip() -> None:
 @pytest.mark.parametrize(("width", "height"), [(201, 1), (1, 201), (4021, 20)])
 def test_extreme_aspect_ratio_is_refused(width: int, height: int) -> None:
     with pytest.raises(UserError, match=rf"image of {width}x{height} pixels: .*aspect ratio"):
-        images().grid(width, height)
+        grid_of(images(), width, height)
 
 
 def test_a_picture_without_pixels_is_refused() -> None:
     with pytest.raises(UserError, match="image of 0x5 pixels"):
-        images().grid(0, 5)
+        grid_of(images(), 0, 5)
 
 
 def test_saved_processor_gives_the_same_rows(tmp_path: Path) -> None:
@@ -102,4 +112,4 @@ def test_saved_processor_gives_the_same_rows(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["patch_size"] == 14
     loaded = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
     out = loaded(picture(300, 200), return_tensors="np")
-    assert np.array_equal(out["pixel_values"], images(6272, 12544).patches(picture(300, 200)))
+    assert np.array_equal(out["pixel_values"], rows_of(images(6272, 12544), picture(300, 200)))

@@ -24,6 +24,7 @@ from tetrascope.models.layers.attention import sdpa_attention
 from tetrascope.models.qwen2_vl import FAMILY
 from tetrascope.models.qwen2_vl.config import Qwen2VLConfig, Qwen2VLDecoder, Qwen2VLVision
 from tetrascope.models.sharding import Column, Row, Vocab, rule_for
+from tetrascope.models.weights import check_cover, logical_tensors
 from tetrascope.tools.verify.families.qwen2_vl import oracle, tiny_config
 
 
@@ -89,7 +90,7 @@ def test_names_and_shapes_are_those_on_disk(tied: bool, tmp_path: Path) -> None:
         on_disk = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     # Embedding and norm, 12 a decoder layer, 12 a vision block, patch embedding, 6 of the merger, a head of its own.
     assert len(on_disk) == 2 + 5 * 12 + 2 * 12 + 1 + 6 + (not tied)
-    assert {p.name: p.shape for pieces in FAMILY.weights(config).values() for p in pieces} == on_disk
+    assert {name: tensor.shape for name, tensor in logical_tensors(FAMILY.weights(config)).items()} == on_disk
     assert FAMILY.from_hf(json.loads((tmp_path / "config.json").read_text())) == paper_rule(config)
 
 
@@ -102,20 +103,42 @@ def paper_rule(config: Qwen2VLConfig) -> Qwen2VLConfig:
 def test_every_parameter_is_a_stack_of_hugging_face_tensors(tied: bool) -> None:
     config = tiny_config(tied)
     shapes = {n: tuple(p.shape) for n, p in on_meta(config).named_parameters(remove_duplicate=False)}
-    pieces = FAMILY.weights(config)
-    assert {n: (sum(p.matrix[0] for p in ps), *ps[0].matrix[1:]) for n, ps in pieces.items()} == shapes
+    for layout in FAMILY.layouts.values():
+        table = layout.weights(config)
+        check_cover(table)
+        assert {n: (sum(p.rows for p in ps), *ps[0].tensor.matrix[1:]) for n, ps in table.items()} == shapes
 
 
 @pytest.mark.parametrize(("size", "billions"), [("2B", "2.21"), ("7B", "8.29"), ("72B", "73.4")])
 def test_published_parameter_counts(size: str, billions: str) -> None:
-    shapes = {p.name: p.shape for pieces in FAMILY.weights(published(size)).values() for p in pieces}
-    count = sum(math.prod(shape) for shape in shapes.values()) / 1e9
+    tensors = logical_tensors(FAMILY.weights(published(size)))
+    count = sum(math.prod(tensor.shape) for tensor in tensors.values()) / 1e9
     assert f"{count:.{len(billions.partition('.')[2])}f}" == billions
 
 
 def test_matrix_view_of_a_convolution_kernel() -> None:
     (kernel,) = FAMILY.weights(tiny_config())["vision.patch_embed.weight"]
-    assert kernel.shape == (32, 3, 2, 14, 14) and kernel.matrix == (32, 1176)
+    assert kernel.tensor.shape == (32, 3, 2, 14, 14) and kernel.tensor.matrix == (32, 1176)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_in_memory_layout_has_the_names_in_memory(tied: bool) -> None:
+    config = tiny_config(tied)
+    names = {name for name, _ in oracle(config).named_parameters()}
+    assert logical_tensors(FAMILY.layouts["in-memory"].weights(config)).keys() == names
+
+
+def test_the_first_layout_is_the_canonical_one() -> None:
+    config = tiny_config()
+    assert next(iter(FAMILY.layouts.values())).weights(config) == FAMILY.weights(config)
+
+
+@pytest.mark.parametrize("layout", ["hub", "in-memory"])
+def test_a_tied_head_may_be_there(layout: str) -> None:
+    tied = FAMILY.layouts[layout]
+    for config, allowed in ((tiny_config(tied=True), ["lm_head.weight"]), (tiny_config(), [])):
+        assert list(tied.copies(config)) == allowed
+        assert set(tied.copies(config).values()) <= logical_tensors(tied.weights(config)).keys()
 
 
 def test_initial_values() -> None:
@@ -200,7 +223,7 @@ def test_shapes_that_do_not_fit_are_named(
         Qwen2VLConfig(
             **{
                 **vars(good),
-                "decoder": Qwen2VLDecoder(**{**vars(good.decoder), **decoder}),
+                "decoder": Qwen2VLDecoder(**{**vars(good.decoder), "head_dim": 0, **decoder}),
                 "vision": Qwen2VLVision(**{**vars(good.vision), **vision}),
                 **rest,
             }

@@ -54,8 +54,8 @@ def test_figures_of_a_run_on_two_ranks(tmp_path: Path) -> None:
     setup = prepare(load_config(path), None)
     infos = [s.info for s in Dataset(setup.config.data, setup.family, setup.model_config, setup.tokenizer).samples]
     tokens = [info.tokens for info in infos]
-    frames = [info.patches for info in infos if info.grids]
-    _, language = flops.training_flops(setup.model_config, frames, tokens)
+    media = [one for info in infos for one in info.media]
+    _, language = flops.training_flops(setup.model_config, media, tokens)
 
     assert found["config"] == str(path)
     assert found["overrides"] == ["parallel.tp=2"]

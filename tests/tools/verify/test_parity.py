@@ -16,34 +16,46 @@ import pytest
 
 from tetrascope.tools.verify.case import Case, Numbers
 from tetrascope.tools.verify.certificate import Verdict, verify_row
-from tetrascope.tools.verify.families import get_oracle
+from tetrascope.tools.verify.families import ORACLES, get_oracle
 from tetrascope.tools.verify.layouts import ROWS, Row
 from tetrascope.tools.verify.pool import WorkerPool
 from tetrascope.tools.verify.run import global_batches
 
 
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "qwen2_vl": ("untied", "tied"),
+}
+"""The certificate's cases by family."""
+
+CASES = [(family, name) for family, names in VARIANTS.items() for name in names]
+
+
+def test_every_case_of_every_family_is_tried() -> None:
+    assert {family: tuple(get_oracle(family).variants()) for family in ORACLES} == VARIANTS
+
+
 @functools.cache
-def _reference(name: str) -> tuple[Case, Numbers]:
-    oracle: Any = get_oracle("qwen2_vl")
+def _reference(family: str, name: str) -> tuple[Case, Numbers]:
+    oracle: Any = get_oracle(family)
     case: Case = oracle.variants()[name]
     return case, oracle.reference(case, global_batches(case))
 
 
-def _verify(pool: WorkerPool, name: str, row: Row) -> Verdict:
-    case, expected = _reference(name)
+def _verify(pool: WorkerPool, family: str, name: str, row: Row) -> Verdict:
+    case, expected = _reference(family, name)
     return verify_row(pool, name, case, expected, row)
 
 
-@pytest.mark.parametrize("name", ["untied", "tied"])
+@pytest.mark.parametrize(("family", "name"), CASES)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.layout}-m{row.micro_batches}-{row.schedule}")
-def test_layout_equals_one_process(pool: WorkerPool, name: str, row: Row) -> None:
-    verdict = _verify(pool, name, row)
+def test_layout_equals_one_process(pool: WorkerPool, family: str, name: str, row: Row) -> None:
+    verdict = _verify(pool, family, name, row)
     assert verdict.passed, verdict
 
 
-def test_gradients_are_large_enough_to_compare() -> None:
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_gradients_are_large_enough_to_compare(family: str, name: str) -> None:
     """No tensor's gradient is so small that its error could not be seen against the rounding of others."""
-    for name in ("untied", "tied"):
-        _, expected = _reference(name)
-        sizes = {tensor: grad.abs().max().item() for tensor, grad in expected.gradients.items()}
-        assert min(sizes.values()) > 1e-4 * max(sizes.values()), min(sizes, key=sizes.__getitem__)
+    _, expected = _reference(family, name)
+    sizes = {tensor: grad.abs().max().item() for tensor, grad in expected.gradients.items()}
+    assert min(sizes.values()) > 1e-4 * max(sizes.values()), min(sizes, key=sizes.__getitem__)

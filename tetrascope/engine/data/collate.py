@@ -17,6 +17,7 @@ from torch import Tensor
 from tetrascope.models.family import Family
 from tetrascope.models.inputs import Inputs, VisionInputs
 from tetrascope.models.layers.packed import Packed
+from tetrascope.models.media import Media
 from tetrascope.parallel.tensor.placement import share
 
 
@@ -25,10 +26,10 @@ class Document:
     """A sample ready to be packed. patches: rows float32 `[n, P]` of all its images, None where nobody encodes."""
 
     ids_T: np.ndarray
-    positions_3T: np.ndarray
+    positions_AT: np.ndarray
     weights_T: np.ndarray
     """float32 `[T]`: loss weight of each token as a target (0 = not supervised)."""
-    grids: tuple[tuple[int, int, int], ...]
+    media: tuple[Media, ...]
     patches: np.ndarray | None
 
 
@@ -60,18 +61,18 @@ def collate(
     total = sum(lengths)
     pad = rows - total
     ids = np.concatenate([*(d.ids_T for d in documents), np.full(pad, config.pad_token_id, dtype=np.int64)])
-    axes = documents[0].positions_3T.shape[0]
-    positions = np.concatenate([*(d.positions_3T for d in documents), np.zeros((axes, pad), dtype=np.int64)], axis=1)
+    axes = documents[0].positions_AT.shape[0]
+    positions = np.concatenate([*(d.positions_AT for d in documents), np.zeros((axes, pad), dtype=np.int64)], axis=1)
     labels = np.concatenate([*(_next(d.ids_T) for d in documents), np.zeros(pad, dtype=np.int64)])
     weights = np.concatenate([*(_next(d.weights_T) for d in documents), np.zeros(pad, dtype=np.float32)])
     vision = None
-    if encode and any(d.grids for d in documents):
+    if encode and any(d.media for d in documents):
         # What the features replace is looked for in the documents alone: a pad row must never count as visual.
         visual = np.flatnonzero(np.isin(ids[:total], family.visual_ids(config)))
         vision = _vision(documents, family, config, visual, rows, tp, tp_rank, device)
     inputs = Inputs(
         token_ids_T=torch.from_numpy(ids).to(device),
-        positions_3T=torch.from_numpy(positions).to(device),
+        positions_AT=torch.from_numpy(positions).to(device),
         documents=Packed((*lengths, pad) if pad else tuple(lengths)),
         vision=vision,
     )
@@ -93,23 +94,27 @@ def _vision(
     tp_rank: int,
     device: torch.device,
 ) -> VisionInputs:
-    """This rank's contiguous share of the patch rows, padded to whole merge blocks on every rank."""
-    grids = [grid for d in documents for grid in d.grids]
-    positions_2N, frames = family.patch_positions(config, grids)
+    """This rank's contiguous share of the patch rows, padded so that every rank has as many whole row blocks."""
+    media = tuple(one for d in documents for one in d.media)
+    layout = family.vision_layout(config, media)
+    frames = tuple(n for one in media for n in one.frames)
+    windows = tuple(n for one in media for n in one.windows)
     patches = [d.patches for d in documents if d.patches is not None and len(d.patches)]
-    block = config.vision.merge**2
-    total = sum(frames)
-    pad = -total % (block * tp)
-    own = (total + pad) // tp
+    pad = -sum(frames) % (family.row_block(config) * tp)
+    own = (sum(frames) + pad) // tp
     here = slice(tp_rank * own, (tp_rank + 1) * own)
     padded = np.concatenate([*patches, np.zeros((pad, patches[0].shape[1]), dtype=np.float32)])
-    positions_2N = torch.nn.functional.pad(positions_2N, (0, pad))
+    positions_KN = torch.nn.functional.pad(layout.positions_KN, (0, pad)).to(device)
     mine = share(rows, tp, tp_rank)
     chosen = np.flatnonzero((visual_rows >= mine.start) & (visual_rows < mine.stop))
     return VisionInputs(
         patches_NP=torch.from_numpy(np.ascontiguousarray(padded[here])).to(device),
-        positions_2N=positions_2N.to(device),
+        positions_KN=positions_KN,
+        here_KN=positions_KN[:, here],
         frames=Packed((*frames, pad) if pad else frames),
+        windows=Packed((*windows, pad) if pad else windows) if windows else None,
+        media=media,
         rows_M=torch.from_numpy(visual_rows[chosen] - mine.start).to(device),
-        picks_M=torch.from_numpy(chosen).to(device),
+        picks_CM=layout.picks_CV[:, chosen].to(device),
+        weights_CM=None if layout.weights_CV is None else layout.weights_CV[:, chosen].to(device),
     )

@@ -1,7 +1,8 @@
-"""Conversations with images from a JSONL file.
+"""Conversations with images and videos from a JSONL file.
 
 One sample a line: {"id": …, "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"},
-{"type": "text", "text": "…"}]}, {"role": "assistant", "content": "…"}]}, image paths relative to the file.
+{"type": "text", "text": "…"}]}, {"role": "assistant", "content": "…"}]}, paths relative to the file. A video is
+{"type": "video", "video": "a.mp4"}, or a list of pictures instead of a path, with their "fps".
 
 Opening a data set reads headers and text only and finds what is wrong with them before training starts. Pixels are
 decoded when a step needs them.
@@ -15,30 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from tetrascope.engine.config import DataSection
+from tetrascope.engine.data.files import BadMedia, MediaFile, MediaReader, media_files
 from tetrascope.engine.plan import SampleInfo
 from tetrascope.errors import UserError
-from tetrascope.models.family import Chat, Family, ImageProcessor
-
-BROKEN = (OSError, ValueError, SyntaxError)
-"""What Pillow raises for files it cannot read; SyntaxError for some broken PNGs."""
-
-
-class BadImage(Exception):
-    """An image whose pixels cannot be decoded; the message names sample and file."""
+from tetrascope.models.family import Chat, Family
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A tokenized sample: ids int64 `[T]`, supervised bool `[T]`, positions int64 `[axes, T]`, image files."""
+    """A tokenized sample: ids int64 `[T]`, supervised bool `[T]`, image and video files."""
 
     name: str
     ids_T: np.ndarray
     supervised_T: np.ndarray
-    positions_3T: np.ndarray
-    images: tuple[Path, ...]
+    files: tuple[MediaFile, ...]
     info: SampleInfo
 
 
@@ -59,9 +52,8 @@ class Dataset:
 
     def __init__(self, options: DataSection, family: Family, config: Any, tokenizer: Any) -> None:
         self._family, self._config, self._options = family, config, options
-        self._chat: Chat = family.chat(config, tokenizer)
-        self._processor: ImageProcessor = family.image_processor(config, options.min_pixels, options.max_pixels)
-        self._sizes: dict[Path, tuple[int, int]] = {}
+        self._chat: Chat = family.chats[options.chat or next(iter(family.chats))](config, tokenizer)
+        self._reader = MediaReader(family.media(config, options))
         self.samples = self._read(options.train)
 
     def __len__(self) -> int:
@@ -95,23 +87,11 @@ class Dataset:
         if not isinstance(raw, dict) or not isinstance(raw.get("messages"), list):
             raise UserError('expected an object with a list "messages"')
         name = str(raw.get("id", fallback))
-        paths = [
-            part.get("image")
-            for message in raw["messages"]
-            if isinstance(message, dict) and isinstance(message.get("content"), list)
-            for part in message["content"]
-            if isinstance(part, dict) and part.get("type") == "image"
-        ]
-        wrong = [path for path in paths if not isinstance(path, str) or not path]
-        if wrong:
-            raise UserError(f'sample {name}: "image" is {wrong[0]!r}; expected the path of a file')
-        images = tuple(folder / str(path) for path in paths)
         try:
-            grids = tuple(self._processor.grid(*self._size(image)) for image in images)
-            merge = self._config.vision.merge
-            counts = [t * h * w // merge**2 for t, h, w in grids]
-            ids, supervised = self._chat.encode(raw["messages"], counts)
-            positions = self._family.positions(self._config, ids, grids)
+            files = tuple(media_files(raw["messages"], folder))
+            media = self._reader.describe(files)
+            ids, supervised = self._chat.encode(raw["messages"], media)
+            self._family.positions(self._config, ids, media, (0, 0, 0))  # whether visual tokens and media agree
         except UserError as error:
             raise UserError(f"sample {name}: {error}") from error
         if len(ids) > self._options.max_tokens:
@@ -120,32 +100,13 @@ class Dataset:
                 "raise the limit, lower data.max_pixels, or remove the sample"
             )
         # Every token but a document's first can be a target: it is predicted from the one before it.
-        info = SampleInfo(len(ids), int(supervised[1:].sum()), grids)
-        return Sample(name, ids, supervised, positions, images, info)
-
-    def _size(self, path: Path) -> tuple[int, int]:
-        """Width and height from the file's header, read once a file."""
-        if path not in self._sizes:
-            try:
-                with Image.open(path) as image:
-                    self._sizes[path] = image.size
-            except FileNotFoundError as error:
-                raise UserError(f"image {path} does not exist; fix the path or remove the sample") from error
-            except (*BROKEN, Image.DecompressionBombError) as error:
-                raise UserError(f"image {path} is not readable ({error}); replace it or remove the sample") from error
-        return self._sizes[path]
+        info = SampleInfo(len(ids), int(supervised[1:].sum()), media)
+        return Sample(name, ids, supervised, files, info)
 
     def patches(self, number: int) -> list[np.ndarray]:
-        """Patch rows float32 `[t·h·w, P]` of each image of a sample. Raises BadImage when one cannot be decoded."""
+        """Patch rows float32 `[n, P]` of each image and video of a sample. Raises BadMedia for one that fails."""
         sample = self.samples[number]
-        decoded = []
-        for path, grid in zip(sample.images, sample.info.grids, strict=True):
-            try:
-                with Image.open(path) as image:
-                    rows = self._processor.patches(image.convert("RGB"))
-            except BROKEN as error:
-                raise BadImage(f"sample {sample.name}: image {path}: {error}") from error
-            if len(rows) != np.prod(grid):
-                raise BadImage(f"sample {sample.name}: image {path} changed size since training began")
-            decoded.append(rows)
-        return decoded
+        try:
+            return [self._reader.rows(f, m) for f, m in zip(sample.files, sample.info.media, strict=True)]
+        except BadMedia as error:
+            raise BadMedia(f"sample {sample.name}: {error}") from error

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from tetrascope.engine.data.collate import Document, MicroBatch, collate
-from tetrascope.engine.data.dataset import BadImage, Dataset
+from tetrascope.engine.data.dataset import Dataset
+from tetrascope.engine.data.files import BadMedia
 from tetrascope.engine.plan import Planner, StepPlan
 from tetrascope.models.family import Family
 from tetrascope.parallel.mesh import Mesh
@@ -34,10 +35,17 @@ class Loader:
     """
 
     def __init__(
-        self, dataset: Dataset, planner: Planner, family: Family, config: Any, mesh: Mesh, device: torch.device
+        self,
+        dataset: Dataset,
+        planner: Planner,
+        family: Family,
+        config: Any,
+        mesh: Mesh,
+        device: torch.device,
+        seed: int,
     ) -> None:
         self._dataset, self._planner, self._family, self._config = dataset, planner, family, config
-        self._mesh, self._device = mesh, device
+        self._mesh, self._device, self._seed = mesh, device, seed
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._next: tuple[int, Future[StepData]] | None = None
 
@@ -58,7 +66,7 @@ class Loader:
         failures: dict[int, str] = {}
         batches = []
         for micro in plan.micro_batches[self._mesh.index("dp")]:
-            documents = [self._document(sample, failures.__setitem__) for sample in micro.samples]
+            documents = [self._document(sample, plan.epoch, failures.__setitem__) for sample in micro.samples]
             batches.append(
                 collate(
                     documents,
@@ -73,14 +81,16 @@ class Loader:
             )
         return StepData(plan, batches, failures)
 
-    def _document(self, number: int, failed: Callable[[int, str], None]) -> Document:
+    def _document(self, number: int, epoch: int, failed: Callable[[int, str], None]) -> Document:
         sample = self._dataset.samples[number]
         patches = None
-        if self._mesh.first_stage and sample.images:
+        if self._mesh.first_stage and sample.files:
             try:
                 patches = np.concatenate(self._dataset.patches(number))
-            except BadImage as error:
+            except BadMedia as error:
                 failed(number, str(error))
                 patches = np.zeros((sample.info.patches, self._config.vision.patch_width), dtype=np.float32)
         weights = sample.supervised_T.astype(np.float32)
-        return Document(sample.ids_T, sample.positions_3T, weights, sample.info.grids, patches)
+        draw = (self._seed, number, epoch)
+        positions_AT = self._family.positions(self._config, sample.ids_T, sample.info.media, draw)
+        return Document(sample.ids_T, positions_AT, weights, sample.info.media, patches)

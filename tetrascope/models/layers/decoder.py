@@ -32,10 +32,14 @@ class DecoderShape:
     rope_theta: float
     qkv_bias: bool
     tied_embeddings: bool
+    qk_norm: bool = False
+    """RMSNorm over the width of each query and key head, before the rotation (Qwen3)."""
+    head_dim: int = 0
+    """0: hidden / heads."""
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
+    def __post_init__(self) -> None:
+        if not self.head_dim and self.heads:
+            object.__setattr__(self, "head_dim", self.hidden // self.heads)
 
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
@@ -50,6 +54,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.qkv = nn.Linear(shape.hidden, sum(shape.qkv_rows), bias=shape.qkv_bias)
         self.proj = nn.Linear(shape.qkv_rows[0], shape.hidden, bias=False)
+        self.q_norm = RMSNorm(shape.head_dim, shape.rms_eps) if shape.qk_norm else None
+        self.k_norm = RMSNorm(shape.head_dim, shape.rms_eps) if shape.qk_norm else None
         self.head_dim = shape.head_dim
         self.group = shape.heads // shape.kv_heads
         self.attend = attend
@@ -59,6 +65,8 @@ class SelfAttention(nn.Module):
         heads_TSD = self.qkv(x_TH).unflatten(-1, (-1, self.head_dim))
         kv_heads = heads_TSD.shape[1] // (self.group + 2)
         q_TND, k_TKD, v_TKD = heads_TSD.split((kv_heads * self.group, kv_heads, kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TND, k_TKD = self.q_norm(q_TND), self.k_norm(k_TKD)
         out_TND = self.attend(rotate(q_TND, rotary), rotate(k_TKD, rotary), v_TKD, packed, causal=True)
         return self.proj(out_TND.flatten(1))
 

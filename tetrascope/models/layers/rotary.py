@@ -43,6 +43,29 @@ def multimodal_tables(positions_3T: Tensor, head_dim: int, theta: float, section
     return tables_from_angles(positions_3T[axis_of_frequency].T.double() * frequencies_F)
 
 
+POSITION_UNIT = 256
+"""One-dimensional positions are integers in units of 1/256 of a token, so that V2PE's fractions are exact."""
+
+
+def linear_tables(positions_1T: Tensor, head_dim: int, theta: float) -> RotaryTables:
+    """Plain rotary tables for positions int64 `[1, T]` in units of 1/256 of a token (V2PE, arXiv 2412.09616)."""
+    frequencies_F = inverse_frequencies(head_dim, theta, positions_1T.device)
+    return tables_from_angles((positions_1T[0].double() / POSITION_UNIT)[:, None] * frequencies_F)
+
+
+def interleaved_tables(positions_3T: Tensor, head_dim: int, theta: float, section: tuple[int, ...]) -> RotaryTables:
+    """M-RoPE tables of Qwen3-VL: axes take turns over the frequencies.
+
+    Frequency f turns with the height if f mod 3 is 1 and f < 3·section[1], with the width if f mod 3 is 2 and
+    f < 3·section[2], otherwise with the time (transformers, qwen3_vl/modeling_qwen3_vl.py). positions int64 `[3, T]`.
+    """
+    axis_of_frequency = torch.zeros(head_dim // 2, dtype=torch.int64, device=positions_3T.device)
+    for axis in (1, 2):
+        axis_of_frequency[axis : 3 * section[axis] : 3] = axis
+    frequencies_F = inverse_frequencies(head_dim, theta, positions_3T.device)
+    return tables_from_angles(positions_3T[axis_of_frequency].T.double() * frequencies_F)
+
+
 def rotate(x_TND: Tensor, tables: RotaryTables) -> Tensor:
     """x·cos + rotate_half(x)·sin in fp32, returned in x's dtype; the same rotation for every head."""
     x = x_TND.float()

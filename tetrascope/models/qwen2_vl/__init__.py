@@ -2,15 +2,16 @@
 
 from tetrascope.models.family import Family
 from tetrascope.models.qwen2_vl.chat import ChatML
-from tetrascope.models.qwen2_vl.config import Qwen2VLConfig, complete, from_hf, to_hf
+from tetrascope.models.qwen2_vl.config import PRESETS, Qwen2VLConfig, complete, from_hf, to_hf
 from tetrascope.models.qwen2_vl.model import Qwen2VL
-from tetrascope.models.qwen2_vl.positions import mrope_positions, patch_positions
-from tetrascope.models.qwen2_vl.preprocess import Qwen2VLImages
+from tetrascope.models.qwen2_vl.positions import positions, vision_layout
+from tetrascope.models.qwen2_vl.preprocess import MEDIA_OPTIONS, Qwen2VLMedia
 from tetrascope.models.qwen2_vl.sharding import sharding
-from tetrascope.models.qwen2_vl.weights import initial, weights
+from tetrascope.models.qwen2_vl.weights import LAYOUTS, initial, weights
 
 FAMILY = Family(
     name="qwen2_vl",
+    architectures=("Qwen2VLForConditionalGeneration",),
     config_class=Qwen2VLConfig,
     complete=complete,
     from_hf=from_hf,
@@ -18,10 +19,14 @@ FAMILY = Family(
     build=Qwen2VL,
     sharding=sharding,
     weights=weights,
+    layouts=LAYOUTS,
     initial=initial,
-    positions=mrope_positions,
-    patch_positions=patch_positions,
+    positions=positions,
+    vision_layout=vision_layout,
+    row_block=lambda config: config.vision.merge**2,
     visual_ids=lambda config: (config.image_token_id, config.video_token_id),
-    image_processor=Qwen2VLImages,
-    chat=ChatML,
+    media=Qwen2VLMedia,
+    media_options=MEDIA_OPTIONS,
+    chats={"chatml": ChatML},
+    presets=PRESETS,
 )

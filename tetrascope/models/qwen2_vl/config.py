@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from tetrascope.errors import UserError
 from tetrascope.models.layers.decoder import DecoderShape
+from tetrascope.models.media import Media, VisionCost
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,15 @@ class Qwen2VLVision:
     @property
     def merged_width(self) -> int:
         return self.width * self.merge**2
+
+    def cost(self, hidden: int) -> VisionCost:
+        """Multiply-adds; `hidden` is the decoder's width."""
+        return VisionCost(
+            patch=self.patch_width * self.width,
+            linears=self.layers * (4 * self.width**2 + 2 * self.width * self.mlp),
+            attention=self.layers * 2 * self.width,
+            adaptor=self.merged_width * (self.merged_width + hidden),
+        )
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,15 @@ class Qwen2VLConfig:
     initializer_range: float = 0.02
     max_positions: int = 32768
 
+    @property
+    def vision_cost(self) -> VisionCost:
+        return self.vision.cost(self.decoder.hidden)
+
+    @property
+    def typical(self) -> Media:
+        """A picture of 224 x 224 pixels."""
+        return media("image", (1, 16, 16), self.vision.merge)
+
     def __post_init__(self) -> None:
         d, v = self.decoder, self.vision
         for section, shape in (("decoder", d), ("vision", v)):
@@ -91,6 +110,13 @@ class Qwen2VLConfig:
             )
         if self.position_rule not in ("paper", "hf"):
             raise UserError(f"model.config.position_rule: {self.position_rule!r} must be 'paper' or 'hf'")
+
+
+def media(kind: Literal["image", "video"], grid: tuple[int, int, int], merge: int, **more: Any) -> Media:
+    """An image or video of `grid` = (frames, patch rows, patch columns); a merge x merge block makes one token."""
+    t, h, w = grid
+    tokens = t * h * w // merge**2
+    return Media(kind, grid, (h * w,) * t, tokens, tokens, **more)
 
 
 SPECIAL_TOKENS = {
@@ -239,3 +265,25 @@ def to_hf(config: Qwen2VLConfig, dtype: str) -> dict[str, Any]:
             "hidden_act": "quick_gelu",
         },
     }
+
+
+def _preset(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> Any:
+    return lambda: Qwen2VLConfig(
+        decoder=Qwen2VLDecoder(hidden, intermediate, layers, heads, kv_heads, vocab, tied_embeddings=tied),
+        vision=Qwen2VLVision(width=1280, layers=32, heads=16),
+        mrope_section=(16, 24, 24),
+        image_token_id=151655,
+        video_token_id=151656,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+        eos_token_id=151645,
+        pad_token_id=151643,
+    )
+
+
+PRESETS = {
+    "2b": _preset(1536, 8960, 28, 12, 2, 151936, tied=True),
+    "7b": _preset(3584, 18944, 28, 28, 4, 152064, tied=False),
+    "72b": _preset(8192, 29568, 80, 64, 8, 152064, tied=False),
+}
+"""The published sizes (config.json of Qwen/Qwen2-VL-*-Instruct)."""

@@ -9,10 +9,23 @@ import torch
 from torch import Tensor
 
 from tetrascope.errors import UserError
+from tetrascope.models.layers.positions import Draw
+from tetrascope.models.media import Media, VisionLayout
 from tetrascope.models.qwen2_vl.config import Qwen2VLConfig
 
 Grid = tuple[int, int, int]
 """Frames, patch rows and patch columns of an image or a video."""
+
+
+def positions(config: Qwen2VLConfig, ids_T: np.ndarray, media: Sequence[Media], draw: Draw) -> np.ndarray:
+    """Position ids int64 `[3, T]` of one sample; nothing about them is random."""
+    return mrope_positions(config, ids_T, [as_grid(one) for one in media])
+
+
+def as_grid(media: Media) -> Grid:
+    """Frames, patch rows and patch columns."""
+    t, h, w = media.grid
+    return t, h, w
 
 
 def mrope_positions(config: Qwen2VLConfig, ids_T: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
@@ -46,15 +59,19 @@ def mrope_positions(config: Qwen2VLConfig, ids_T: np.ndarray, grids: Sequence[Gr
     return positions
 
 
-def patch_positions(config: Qwen2VLConfig, grids: Sequence[Grid]) -> tuple[Tensor, tuple[int, ...]]:
-    """Row and column of every patch, int64 `[2, N]`, and the number of patches of every frame.
+def vision_layout(config: Qwen2VLConfig, media: Sequence[Media]) -> VisionLayout:
+    """Row and column of every patch, int64 `[2, N]`; features become tokens in order."""
+    tokens = sum(one.tokens for one in media)
+    return VisionLayout(patch_positions(config.vision.merge, media), torch.arange(tokens)[None])
+
+
+def patch_positions(merge: int, media: Sequence[Media]) -> Tensor:
+    """Row and column of every patch, int64 `[2, N]`.
 
     Patches lie in merge-block order: blocks row by row, inside a block row by row; every frame alike.
     """
-    merge = config.vision.merge
-    pieces, frames = [np.empty((2, 0), dtype=np.int64)], []
-    for t, h, w in grids:
+    pieces = [np.empty((2, 0), dtype=np.int64)]
+    for t, h, w in map(as_grid, media):
         plane = np.indices((h, w)).reshape(2, h // merge, merge, w // merge, merge)
         pieces += [plane.transpose(0, 1, 3, 2, 4).reshape(2, h * w)] * t
-        frames += [h * w] * t
-    return torch.from_numpy(np.concatenate(pieces, axis=1)), tuple(frames)
+    return torch.from_numpy(np.concatenate(pieces, axis=1))

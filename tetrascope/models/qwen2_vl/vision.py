@@ -86,22 +86,21 @@ class Merger(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Patch rows to decoder-width features `[M, H]`, M = N / merge².
+    """Patch rows to patch features `[N, E]`.
 
     The patch embedding is a matrix product over flattened patches: the same numbers as the convolution of the
     original, whose kernel covers each patch once, without a convolution kernel's cost in low precision.
     """
 
-    def __init__(self, shape: Qwen2VLVision, hidden: int, attend: AttentionFn) -> None:
+    def __init__(self, shape: Qwen2VLVision, attend: AttentionFn) -> None:
         super().__init__()
         self.patch_embed = nn.Linear(shape.patch_width, shape.width, bias=False)
         self.blocks = nn.ModuleList(VisionBlock(shape, attend) for _ in range(shape.layers))
-        self.merger = Merger(shape, hidden)
         self.head_dim = shape.width // shape.heads
 
     def forward(self, inputs: VisionInputs) -> Tensor:
-        rotary = axial_tables(inputs.positions_2N, self.head_dim)
+        rotary = axial_tables(inputs.positions_KN, self.head_dim)
         x_NE = self.patch_embed(inputs.patches_NP.to(self.patch_embed.weight.dtype))
         for block in self.blocks:
             x_NE = block(x_NE, inputs.frames, rotary)
-        return self.merger(x_NE)
+        return x_NE

@@ -55,13 +55,23 @@ class _Link:
 
 
 def execute(
-    actions: Sequence[Action], forward: Forward, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, mesh: Mesh
+    actions: Sequence[Action],
+    forward: Forward,
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    mesh: Mesh,
+    gradient_borders: tuple[bool, bool] = (True, True),
 ) -> list[Tensor]:
     """Runs the actions; gradients accumulate in the parameters.
 
-    shapes: hidden-state shape of every micro-batch at the stage borders, `(T/tp, H)`. Returns the micro-batches'
-    outputs on the last stage, detached, by number; an empty list on the others.
+    shapes: hidden-state shape of every micro-batch at the stage borders, `(T/tp, H)`. gradient_borders: whether
+    gradients travel over the border before this stage and over the one after it; they do not where everything before
+    is frozen. Neighbours must say the same of the border between them, for all micro-batches. One whose output needs
+    no gradient all the same, such as text where the adaptor alone is trained, gets one and drops it.
+
+    Returns the micro-batches' outputs on the last stage, detached, by number; an empty list on the others.
     """
+    before, after = not mesh.first_stage and gradient_borders[0], not mesh.last_stage and gradient_borders[1]
     link = _Link(mesh)
     alive: dict[int, tuple[Tensor | None, Tensor]] = {}
     results: dict[int, Tensor] = {}
@@ -70,7 +80,7 @@ def execute(
         if action.kind is Kind.FORWARD:
             received = None
             if not mesh.first_stage:
-                received = link.receive(shapes[m], dtype, +1).requires_grad_()
+                received = link.receive(shapes[m], dtype, +1).requires_grad_(before)
             output = forward(m, received)
             alive[m] = (received, output)
             if mesh.last_stage:
@@ -79,9 +89,10 @@ def execute(
                 link.send(output, +1)
         else:
             received, output = alive.pop(m)
-            grad = None if mesh.last_stage else link.receive(shapes[m], dtype, -1)
-            torch.autograd.backward(output, grad)
-            if received is not None:
+            grad = link.receive(shapes[m], dtype, -1) if after else None
+            if output.requires_grad:
+                torch.autograd.backward(output, grad)
+            if received is not None and before:
                 if received.grad is None:
                     raise RuntimeError(f"rank {mesh.rank}: no gradient for the input of micro-batch {m}")
                 link.send(received.grad, -1)

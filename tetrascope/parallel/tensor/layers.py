@@ -20,18 +20,20 @@ def _empty(*shape: int, like: Tensor) -> nn.Parameter:
 
 
 class ColumnParallelLinear(nn.Module):
-    """This rank's output rows: `[T/tp, in]` -> `[T, out/tp]`.
+    """This rank's output rows: `[T/tp, in]` -> `[T, out/tp]`, or from `[T, in]` when not `gather`.
 
     `segments`: rows of the fused parts; each part is divided on its own, so that a rank gets its share of q, of k
     and of v. Raises ValueError when they do not add up to the linear's rows.
     """
 
-    def __init__(self, linear: nn.Linear, segments: tuple[int, ...], group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, linear: nn.Linear, segments: tuple[int, ...], group: dist.ProcessGroup, gather: bool = True
+    ) -> None:
         super().__init__()
         if sum(segments) != linear.out_features:
             raise ValueError(f"segments {segments} must add up to {linear.out_features} output rows")
         parts, index = group.size(), group.rank()
-        self.group = group
+        self.group, self.gather = group, gather
         self.blocks = {"weight": row_blocks(segments, (linear.in_features,), parts, index)}
         rows = sum(block.size[0] for block in self.blocks["weight"])
         self.weight = _empty(rows, linear.in_features, like=linear.weight)
@@ -41,7 +43,8 @@ class ColumnParallelLinear(nn.Module):
             self.bias = _empty(rows, like=linear.bias)
 
     def forward(self, x_tH: Tensor) -> Tensor:
-        return F.linear(gather_tokens(x_tH, self.group), self.weight, self.bias)
+        x_TH = gather_tokens(x_tH, self.group) if self.gather else x_tH
+        return F.linear(x_TH, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -62,6 +65,17 @@ class RowParallelLinear(nn.Module):
         partial_TH = F.linear(x_TI, self.weight)
         out = scatter_sum(partial_TH, self.group) if self.scatter else sum_over(partial_TH, self.group)
         return out if self.bias is None else out + self.bias
+
+
+class GatherTokens(nn.Module):
+    """The ranks' shares of the rows `[T/tp, H]` -> all of them `[T, H]`, on every rank."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x_tH: Tensor) -> Tensor:
+        return gather_tokens(x_tH, self.group)
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -17,7 +17,8 @@ from tetrascope.parallel.primitives import all_gather, reduce_scatter
 class GroupSpec:
     """Parameters that are updated alike and whose gradients are reduced alike.
 
-    weight_decay: of the optimizer. partial: replicated over tensor-parallel ranks, gradients to be summed
+    weight_decay, lr_scale: of the optimizer, the latter as a multiple of the rate of the step. frozen: never updated,
+    and without gradients; the rest then says nothing. partial: replicated over tensor-parallel ranks, gradients to be summed
     over them. tied: a copy of the same parameters lives on another pipeline stage, gradients to be summed with it.
     counted: whether this rank's copy counts in the gradient norm (one copy of each parameter must).
     """
@@ -27,6 +28,8 @@ class GroupSpec:
     partial: bool
     tied: bool
     counted: bool
+    lr_scale: float = 1.0
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,9 @@ class Span:
 
 
 class FlatGroup:
-    """The flat buffers of one group.
+    """One group's parameters in a flat buffer of their own dtype; this alone serves a frozen group.
 
-    The parameters become views of `params` (their own dtype); gradients are accumulated in `grads` (fp32), whatever
-    dtype the backward pass used. `master` is this rank's share of the parameters in fp32: a view when the parameters
-    are fp32 themselves.
+    The parameters become views of `params`. `values` is this rank's share of them, which it loads and saves.
     """
 
     def __init__(self, spec: GroupSpec, data: dist.ProcessGroup, device: torch.device) -> None:
@@ -56,18 +57,49 @@ class FlatGroup:
             total += param.numel()
         dtype = next(iter(spec.params.values())).dtype
         self.share = -(-total // data.size())  # rounded up: the last share may end in unused elements
-        padded = self.share * data.size()
-        self.params = torch.zeros(padded, dtype=dtype, device=device)
-        self.grads = torch.zeros(padded, dtype=torch.float32, device=device)
+        self.params = torch.zeros(self.share * data.size(), dtype=dtype, device=device)
         self.start = self.share * data.rank()
-        self._own = slice(self.start, self.start + self.share)
-        master = self.params[self._own] if dtype == torch.float32 else torch.zeros(self.share, device=device)
-        self.master = nn.Parameter(master)
+        self._own = self.params[self.start : self.start + self.share]
         for name, param in spec.params.items():
             span = self.spans[name]
+            view = self.params[span.start : span.stop].view(span.shape)
             # The parameter object stays (modules hold it), its meta-device contents go.
-            torch.utils.swap_tensors(param, nn.Parameter(self.params[span.start : span.stop].view(span.shape)))
-            param.register_post_accumulate_grad_hook(self._accumulate(span))
+            torch.utils.swap_tensors(param, nn.Parameter(view, requires_grad=not spec.frozen))
+
+    @property
+    def values(self) -> Tensor:
+        """What this rank's share of the parameters is made from, `[share]`."""
+        return self._own
+
+    def publish(self) -> None:
+        """Makes the parameters of all ranks equal to the values."""
+        if self.data.size() > 1:
+            all_gather(self.params, self._own.clone(), self.data)
+
+
+class TrainedGroup(FlatGroup):
+    """The flat buffers of a group that is trained.
+
+    Gradients are accumulated in `grads` (fp32), whatever dtype the backward pass used. `master` is this rank's share
+    of the parameters in fp32: a view when the parameters are fp32 themselves.
+    """
+
+    def __init__(self, spec: GroupSpec, data: dist.ProcessGroup, device: torch.device) -> None:
+        super().__init__(spec, data, device)
+        self.grads = torch.zeros(len(self.params), dtype=torch.float32, device=device)
+        shared = self.params.dtype == torch.float32
+        self.master = nn.Parameter(self._own if shared else torch.zeros(self.share, device=device))
+        for name, param in spec.params.items():
+            param.register_post_accumulate_grad_hook(self._accumulate(self.spans[name]))
+
+    @property
+    def values(self) -> Tensor:
+        return self.master.data
+
+    def publish(self) -> None:
+        if self.params.dtype != torch.float32:
+            self._own.copy_(self.values)
+        super().publish()
 
     def _accumulate(self, span: Span) -> Any:
         main = self.grads[span.start : span.stop].view(span.shape)
@@ -93,11 +125,3 @@ class FlatGroup:
         if self.spec.tied and pipeline_ends.size() > 1:
             dist.all_reduce(share, group=pipeline_ends)
         self.master.grad = share
-
-    def publish(self) -> None:
-        """Makes the parameters of all ranks equal to the masters."""
-        own = self.params[self._own]
-        if self.params.dtype != torch.float32:
-            own.copy_(self.master.detach())
-        if self.data.size() > 1:
-            all_gather(self.params, own.clone(), self.data)

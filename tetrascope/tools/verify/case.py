@@ -9,7 +9,7 @@ by the tensor-parallel degree; the gradient norm is clipped, so that a wrong nor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from tetrascope.engine.config import OptimizerSection
 from tetrascope.engine.data.collate import Document
+from tetrascope.engine.modules import ModuleOptions, family_modules
+from tetrascope.models.family import get_family
 
 
 @dataclass(frozen=True)
@@ -53,29 +55,42 @@ noise moves by a full ±lr in a random direction, and no comparison of weights m
 to norm 1 and eps 1e-2, an update changes by at most (1 + 1/eps) ≈ 100 times the relative gradient error."""
 
 
+def tensor_options(case: Case) -> dict[str, ModuleOptions]:
+    """Options of every Hugging Face tensor, from those of the parameters that it is part of."""
+    family = get_family(case.family)
+    weights = family.weights(case.config)
+    modules = family_modules(family, case.config, case.optimizer)
+    return {piece.tensor.name: modules[name] for name, pieces in weights.items() for piece in pieces}
+
+
 def train_reference(
     model: torch.nn.Module,
     forward: Any,
     batches: Sequence[Sequence[Document]],
     options: OptimizerSection,
     name_on_disk: Any,
+    modules: Mapping[str, ModuleOptions] | None = None,
 ) -> Numbers:
     """Trains the oracle: gradients of Σ weight·CE / Σ weight over each global batch, torch's own clip and AdamW.
 
     forward: (model, document) -> logits `[T, V]` of one sample. name_on_disk: parameter name -> name in the checkpoint.
+    modules: what `tensor_options` gives; without it, everything is trained alike. A frozen parameter has
+    requires_grad False, and is in the weights of the result but not in the gradients.
     """
     params = dict(model.named_parameters())
-    groups = [
-        {"params": [p for p in params.values() if p.ndim > 1], "weight_decay": options.weight_decay},
-        {"params": [p for p in params.values() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    for name, param in params.items():
+        own = modules[name_on_disk(name)] if modules else ModuleOptions(False, options.lr, options.weight_decay)
+        param.requires_grad_(not own.frozen)
+        if not own.frozen:
+            groups.append({"params": [param], "lr": own.lr, "weight_decay": own.weight_decay * (param.ndim > 1)})
     adam = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, foreach=False)
     first_logits: list[Tensor] = []
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
     for batch in batches:
         for param in params.values():
-            param.grad = torch.zeros_like(param)
+            param.grad = torch.zeros_like(param) if param.requires_grad else None
         total = float(sum(d.weights_T[1:].sum() for d in batch))
         loss = 0.0
         for document in batch:
@@ -83,7 +98,8 @@ def train_reference(
             if not losses:
                 first_logits.append(logits.detach())
             part = _loss_sum(logits, document) / total
-            part.backward()
+            if part.requires_grad:  # not so for text where nothing but the vision part is trained
+                part.backward()
             loss += part.item()
         losses.append(loss)
         if not gradients:

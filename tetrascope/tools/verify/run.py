@@ -14,6 +14,7 @@ from tetrascope.engine.build import StageModel, build_optimizer, check_layout
 from tetrascope.engine.config import BatchSection
 from tetrascope.engine.data.collate import Document, MicroBatch, collate
 from tetrascope.engine.logical import Shard
+from tetrascope.engine.modules import family_modules
 from tetrascope.engine.plan import Planner, SampleInfo, StepPlan
 from tetrascope.engine.source import memory_source
 from tetrascope.engine.step import forward_backward
@@ -27,7 +28,7 @@ from tetrascope.tools.verify.case import Case, Numbers
 
 def planner(case: Case, layout: Layout, micro_batches: int) -> Planner:
     """The engine's planner over the case's samples."""
-    infos = [SampleInfo(len(d.ids_T), int((d.weights_T[1:] > 0).sum()), d.grids) for d in case.documents]
+    infos = [SampleInfo(len(d.ids_T), int((d.weights_T[1:] > 0).sum()), d.media) for d in case.documents]
     return Planner(infos, 0, layout, BatchSection(samples=case.batch, micro_batches=micro_batches))
 
 
@@ -58,7 +59,8 @@ def run_layout(
     check_layout(case.config, layout)
     mesh = Mesh(layout, "cpu")
     device = torch.device("cpu")
-    model = StageModel(family, case.config, mesh, "auto", pick_attention(attention)[1], torch.float32)
+    modules = family_modules(family, case.config, case.optimizer)
+    model = StageModel(family, case.config, mesh, "auto", pick_attention(attention)[1], torch.float32, modules)
     optimizer = build_optimizer(model, case.optimizer, device)
     model.load(memory_source(case.weights), optimizer)
     schedule = SCHEDULES[schedule_name](layout.pp, micro_batches)
@@ -93,7 +95,7 @@ def run_layout(
         if step == 0:
             gradients = _copies(
                 shard
-                for group in optimizer.groups
+                for group in optimizer.trained
                 if group.master.grad is not None
                 for _, shard in model.flat_shards(group, group.master.grad)
             )

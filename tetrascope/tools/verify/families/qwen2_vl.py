@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from tetrascope.engine.data.collate import Document
+from tetrascope.models.media import Media
 from tetrascope.models.qwen2_vl import FAMILY
-from tetrascope.models.qwen2_vl.config import Qwen2VLConfig, Qwen2VLDecoder, Qwen2VLVision
-from tetrascope.tools.verify.case import OPTIMIZER, Case, Numbers, train_reference
+from tetrascope.models.qwen2_vl.config import Qwen2VLConfig, Qwen2VLDecoder, Qwen2VLVision, media
+from tetrascope.tools.verify.case import OPTIMIZER, Case, Numbers, tensor_options, train_reference
 
 WEIGHT_SCALE = 6.0
 IMAGE, VIDEO, VISION_START, VISION_END, EOS, PAD = range(6)
@@ -73,25 +74,24 @@ def make_document(
     rng = np.random.default_rng(seed)
     ids: list[int] = []
     supervised: list[bool] = []
-    grids: list[tuple[int, int, int]] = []
+    shown: list[Media] = []
     for part in content:
         if isinstance(part, int):
             ids += rng.integers(PAD + 1, config.decoder.vocab, part).tolist()
             supervised += (rng.random(part) < 2 / 3).tolist()
         else:
-            t, h, w = part
-            count = t * h * w // config.vision.merge**2
-            ids += [VISION_START, *[IMAGE if t == 1 else VIDEO] * count, VISION_END]
-            supervised += [False] * (count + 2)
-            grids.append(part)
-    patches = rng.standard_normal((sum(t * h * w for t, h, w in grids), config.vision.patch_width), dtype=np.float32)
+            one = media("image" if part[0] == 1 else "video", part, config.vision.merge)
+            ids += [VISION_START, *[IMAGE if one.kind == "image" else VIDEO] * one.tokens, VISION_END]
+            supervised += [False] * (one.tokens + 2)
+            shown.append(one)
+    patches = rng.standard_normal((sum(one.patches for one in shown), config.vision.patch_width), dtype=np.float32)
     ids_T = np.array(ids, dtype=np.int64)
     supervised[-1] = True  # at least one, however short the text
     return Document(
         ids_T=ids_T,
-        positions_3T=FAMILY.positions(config, ids_T, grids),
+        positions_AT=FAMILY.positions(config, ids_T, shown, (seed, 0, 0)),
         weights_T=np.array(supervised, dtype=np.float32) * supervise,
-        grids=tuple(grids),
+        media=tuple(shown),
         patches=patches,
     )
 
@@ -126,14 +126,14 @@ def forward(model: Any, document: Document, positions: Tensor | None = None) -> 
     kinds = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     inputs: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": kinds}
     patches = torch.from_numpy(document.patches) if document.patches is not None else torch.empty(0)
-    rows = [t * h * w for t, h, w in document.grids]
+    rows = [one.patches for one in document.media]
     split = list(patches.split(rows)) if rows else []
-    for kind, field in ((False, "image"), (True, "video")):
-        chosen = [i for i, grid in enumerate(document.grids) if (grid[0] > 1) == kind]
+    for field in ("image", "video"):
+        chosen = [i for i, one in enumerate(document.media) if one.kind == field]
         if chosen:
-            pixels = "pixel_values_videos" if kind else "pixel_values"
+            pixels = "pixel_values_videos" if field == "video" else "pixel_values"
             inputs[pixels] = torch.cat([split[i] for i in chosen])
-            inputs[f"{field}_grid_thw"] = torch.tensor([document.grids[i] for i in chosen])
+            inputs[f"{field}_grid_thw"] = torch.tensor([document.media[i].grid for i in chosen])
     if positions is not None:
         inputs["position_ids"] = positions[:, None]
     model.model.rope_deltas = None  # cached from the call before
@@ -147,4 +147,4 @@ def reference(case: Case, batches: Sequence[Sequence[Document]]) -> Numbers:
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(case.weights[name_on_disk(name)])
-    return train_reference(model, forward, batches, case.optimizer, name_on_disk)
+    return train_reference(model, forward, batches, case.optimizer, name_on_disk, tensor_options(case))
