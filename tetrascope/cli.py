@@ -32,9 +32,15 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and plan at full size; no data, weights or ranks.")
+    ] = False,
 ) -> None:
     """Train. Starts the ranks the configuration asks for, unless torchrun or the like has started them."""
     from tetrascope.engine.config import load_config
+
+    if dry_run:
+        return _dry_run(config, overrides)
     from tetrascope.engine.launch import INTERRUPTED, launch, launched, world_from_environment
     from tetrascope.engine.setup import prepare
     from tetrascope.tools.checkpoint_convert.native_to_hf import check_destination, native_to_hf
@@ -55,6 +61,18 @@ def train(
     if loaded.output.export_hf and os.environ["RANK"] == "0":
         native_to_hf(outcome.checkpoint, hf_folder, loaded.train.dtype)
         print(f"exported for transformers: {hf_folder}", file=sys.stderr)
+
+
+def _dry_run(config: Path, overrides: list[str] | None) -> None:
+    from rich.console import Console
+
+    from tetrascope.engine.config import load_config
+    from tetrascope.engine.dryrun import describe, dry_run
+
+    table, lines = describe(dry_run(load_config(config, overrides)))
+    Console().print(table)
+    for line in lines:
+        print(line)
 
 
 @app.command()
@@ -105,6 +123,18 @@ def bench_train(
     from tetrascope.tools.bench.command import bench_train as run
 
     raise typer.Exit(run(config, overrides or [], warmup, steps, json_file))
+
+
+@bench_app.command("compare")
+def bench_compare(
+    family: Annotated[str, typer.Argument(help="Model family.")] = "qwen2_vl",
+    sizes: Annotated[str, typer.Option(help="Model sizes, comma-separated.")] = "0.5M,5M,20M",
+    pairs: Annotated[int, typer.Option(help="Pairs of steps to time.", min=1)] = 15,
+) -> None:
+    """Compare a training step with transformers' on one CPU process: packed, and with samples of unequal lengths."""
+    from tetrascope.tools.bench.compare import bench_compare as run
+
+    raise typer.Exit(run(family, sizes.split(","), pairs))
 
 
 def main() -> int:

@@ -67,7 +67,9 @@ def test_without_entries_all_is_trained_alike() -> None:
 
 def test_what_takes_no_part_is_frozen_whatever_the_entries_say() -> None:
     found = resolve(WEIGHTS, section(vision={"frozen": False, "lr": 1.0}), (r"vision\.blocks\.1\..*",))
-    assert {name for name, own in found.items() if own.frozen} == {n for n in WEIGHTS if n.startswith("vision.blocks.1.")}
+    assert {name for name, own in found.items() if own.frozen} == {
+        n for n in WEIGHTS if n.startswith("vision.blocks.1.")
+    }
 
 
 @pytest.mark.parametrize(
@@ -103,8 +105,14 @@ def test_tied_embeddings_are_one_parameter(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        ({"vision": {"frozn": True}}, r"unknown key 'modules\.vision\.frozn'; did you mean 'modules\.vision\.frozen'\?"),
-        ({"layers.[01].*": {"zzz": 1}}, r"unknown key 'modules\.layers\.\[01\]\.\*\.zzz'; known keys: frozen, lr, weight"),
+        (
+            {"vision": {"frozn": True}},
+            r"unknown key 'modules\.vision\.frozn'; did you mean 'modules\.vision\.frozen'\?",
+        ),
+        (
+            {"layers.[01].*": {"zzz": 1}},
+            r"unknown key 'modules\.layers\.\[01\]\.\*\.zzz'; known keys: frozen, lr, weight",
+        ),
         ({"vision": {"lr": 0}}, r"'modules\.vision\.lr' is 0: input should be greater than 0"),
         ({"vision": {"frozen": True, "lr": 1.0}}, "'modules.vision' is .*what is frozen has no lr and no weight_decay"),
         ({"vision": None}, r"'modules\.vision' is None: input should be a valid dictionary"),

@@ -230,6 +230,9 @@ def test_a_tied_head_must_be_the_embedding(tmp_path: Path) -> None:
     folder(Shard("embed", (5, 3), (0, 0), torch.empty(3, 3)))
     with pytest.raises(UserError, match="lm_head differs from embed, but the configuration ties the two"):
         folder(Shard("embed", (5, 3), (3, 0), torch.empty(2, 3)))
+    write_checkpoint(tmp_path, {**TENSORS, "lm_head": TENSORS["embed"].double()})
+    with pytest.raises(UserError, match="lm_head differs from embed"):
+        assert_cuts_are_right(HuggingFaceFolder(tmp_path, LAYOUTS, None))
     write_checkpoint(tmp_path, {**TENSORS, "lm_head": torch.zeros(6, 3)})
     with pytest.raises(UserError, match=r"lm_head has shape \(6, 3\), the configuration expects \(5, 3\)"):
         HuggingFaceFolder(tmp_path, LAYOUTS, None).check()

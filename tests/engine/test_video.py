@@ -7,7 +7,7 @@ no frame count, raw streams and AVI no (right) presentation times.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -77,13 +77,19 @@ def test_the_stored_order_differs(tmp_path: Path) -> None:
 def test_seeking_saves_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.mp4", 48, "libx264")
     seeks: list[int] = []
+    decoded: list[int] = []
     plain: Callable = video._open
 
     class Counting:
-        """The container, with its calls of `seek` noted."""
+        """The container, with its seeks and decoded frames noted."""
 
         def __init__(self, container: av.container.InputContainer) -> None:
-            self.container, self.demux, self.decode = container, container.demux, container.decode
+            self.container, self.demux = container, container.demux
+
+        def decode(self, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+            for frame in self.container.decode(stream):
+                decoded.append(1)
+                yield frame
 
         def seek(self, time: int, **options: object) -> None:
             seeks.append(time)
@@ -100,9 +106,12 @@ def test_seeking_saves_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return Counting(container), stream
 
     monkeypatch.setattr(video, "_open", counting)
-    assert numbers_in(decode(path, [0, 1, 2, 9])) == [0, 1, 2, 9] and len(seeks) == 1
+    assert numbers_in(decode(path, [0, 1, 2, 9])) == [0, 1, 2, 9]
+    assert len(seeks) == 1 and len(decoded) == 3 + 2
     seeks.clear()
-    assert numbers_in(decode(path, [45, 46])) == [45, 46] and len(seeks) == 1  # near each other: no second seek
+    decoded.clear()
+    assert numbers_in(decode(path, [45, 46])) == [45, 46]
+    assert len(seeks) == 1 and len(decoded) == 7  # 40 is the key frame; near each other, so no second seek
 
 
 def test_frames_cut_off_by_an_edit_list_do_not_count(tmp_path: Path) -> None:
@@ -117,8 +126,8 @@ def test_frames_cut_off_by_an_edit_list_do_not_count(tmp_path: Path) -> None:
     assert numbers_in(decode(path, [2, 16])) == [5, 19]
 
 
-def test_vp8_frames_that_are_never_shown_do_not_count(tmp_path: Path) -> None:
-    path = tmp_path / "hidden.webm"
+def write_hidden(path: Path) -> Path:
+    """Ten frames of VP8 of which number 4 is marked as not shown."""
     with av.open(str(path), "w") as container:
         for number, packet in enumerate(packets(10, "libvpx", container, b_frames=0)):
             content = bytearray(bytes(packet))
@@ -128,8 +137,26 @@ def test_vp8_frames_that_are_never_shown_do_not_count(tmp_path: Path) -> None:
             copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
             copy.stream, copy.is_keyframe = packet.stream, packet.is_keyframe
             container.mux(copy)
+    return path
+
+
+def test_vp8_frames_that_are_never_shown_do_not_count(tmp_path: Path) -> None:
+    path = write_hidden(tmp_path / "hidden.webm")
     assert probe(path).frames == 9
     assert numbers_in(decode(path, range(9))) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+
+
+def test_a_frame_that_the_decoder_swallows_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The hidden frame again, this time counted as if it should be shown: what comes after it must not move up by one.
+    path = write_hidden(tmp_path / "hidden.webm")
+
+    def all_packets(container: av.container.InputContainer, stream: av.VideoStream) -> list[tuple[int | None, bool]]:
+        return [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
+
+    monkeypatch.setattr(video, "_shown_packets", all_packets)
+    assert numbers_in(decode(path, [0, 3])) == [0, 3]
+    with pytest.raises(BadVideo, match=r"hidden\.webm is damaged: only 9 of its 10 frames"):
+        decode(path, [3, 6])
 
 
 def test_variable_frame_rate(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ TYPICAL_DOCUMENT = 256
 """Tokens of the document that the automatic stage cut is made for."""
 
 
-def check_layout(config: ModelConfig, layout: Layout, split: list[int] | str = "auto") -> None:
+def check_layout(family: Family, config: ModelConfig, layout: Layout, split: list[int] | str = "auto") -> None:
     """Raises UserError when the model cannot be laid out so. Needs no process group."""
     if layout.ring * layout.ulysses > 1:
         raise UserError("parallel.ring, parallel.ulysses: context parallelism is not available yet; set both to 1")
@@ -51,19 +51,21 @@ def check_layout(config: ModelConfig, layout: Layout, split: list[int] | str = "
             raise UserError(
                 f"parallel.tp: {count} {what} do not divide by tp={layout.tp}; this model allows tp up to {max(fits)}"
             )
-    check_layers(config.decoder.layers, layout.pp)
+    first_least = family.first_layers(config)
+    check_layers(config.decoder.layers, layout.pp, first_least)
     if not isinstance(split, str):
-        check_split(split, config.decoder.layers, layout.pp)
+        check_split(split, config.decoder.layers, layout.pp, first_least)
 
 
-def stage_layers(config: ModelConfig, layout: Layout, split: list[int] | str = "auto") -> list[range]:
+def stage_layers(family: Family, config: ModelConfig, layout: Layout, split: list[int] | str = "auto") -> list[range]:
     """The decoder layers of every stage; `auto` counts vision encoder and head as what they cost beside a layer."""
     if not isinstance(split, str):
         return layer_ranges(split)
     layer = flops.layer_forward(config, [TYPICAL_DOCUMENT])
     vision = flops.vision_forward(config, [config.typical]) / layer
     head = flops.head_forward(config, TYPICAL_DOCUMENT) / layer
-    return layer_ranges(balanced_split(config.decoder.layers, layout.pp, vision, head))
+    first_least = family.first_layers(config)
+    return layer_ranges(balanced_split(config.decoder.layers, layout.pp, vision, head, first_least))
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,9 @@ class StageModel:
         modules: Mapping[str, ModuleOptions],
     ) -> None:
         self.family, self.config, self.mesh, self.modules = family, config, mesh, modules
-        layers = stage_layers(config, mesh.layout, split)[mesh.index("pp")]
+        self.layers = stage_layers(family, config, mesh.layout, split)[mesh.index("pp")]
         with torch.device("meta"):
-            stage = Stage(layers, first=mesh.first_stage, last=mesh.last_stage)
+            stage = Stage(self.layers, first=mesh.first_stage, last=mesh.last_stage)
             self.module = family.build(config, stage, attend).to(dtype)
         self.placed = dict(self._divide())
         for name, placed in self.placed.items():

@@ -25,11 +25,13 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """Which model.
 
-    init_from: a Hugging Face folder to start from. config: the family's configuration, to train from scratch; with
-    init_from, changes to the folder's own, such as position_rule.
+    init_from: a Hugging Face folder to start from. preset: a published size, to train from scratch; with init_from,
+    the size that the folder must have. config: the family's configuration, to train from scratch; with init_from or
+    preset, changes to theirs, such as position_rule.
     """
 
     family: str
+    preset: str | None = None
     config: dict[str, Any] | None = None
     init_from: Path | None = None
 

@@ -86,7 +86,9 @@ def _matched(entry: str, names: Iterable[str]) -> list[str]:
     try:
         pattern = re.compile(MODULES.get(entry, entry))
     except re.error as error:
-        raise UserError(f"{where} is neither a module ({', '.join(MODULES)}) nor a regular expression: {error}") from error
+        raise UserError(
+            f"{where} is neither a module ({', '.join(MODULES)}) nor a regular expression: {error}"
+        ) from error
     matched = [name for name in names if pattern.fullmatch(name)]
     if matched:
         return matched

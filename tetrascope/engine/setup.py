@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tetrascope.engine.build import check_layout
@@ -22,18 +23,23 @@ from tetrascope.parallel.pipeline.generators import SCHEDULES
 
 
 @dataclass(frozen=True)
-class Setup:
-    """A checked configuration with what it refers to."""
+class Blueprint:
+    """What follows from a configuration and the model's sizes alone."""
 
     config: Config
     family: Family
     model_config: Any
-    tokenizer: Any
     layout: Layout
     schedule: Schedule
     attention: tuple[str, AttentionFn]
     modules: dict[str, ModuleOptions]
-    """Options of every parameter of the whole model."""
+
+
+@dataclass(frozen=True)
+class Setup(Blueprint):
+    """A checked configuration with what it refers to."""
+
+    tokenizer: Any
 
     def source(self) -> Source:
         """Where the first weights come from."""
@@ -57,15 +63,10 @@ def prepare(config: Config, world: int | None) -> Setup:
 
     world: ranks that were started, None when they are yet to be. Raises UserError with the remedy.
     """
-    layout = config.parallel.layout(world)
     family = get_family(config.model.family)
-    if config.parallel.schedule not in SCHEDULES:
-        raise UserError(
-            f"parallel.schedule: unknown {config.parallel.schedule!r}; choose one of {', '.join(sorted(SCHEDULES))}"
-        )
+    layout = config.parallel.layout(world)
     if not config.data.train.is_file():
         raise UserError(f"data.train: {config.data.train} does not exist; make it first or fix the path")
-    check_media_options(config.data, family)
     check_writable(config.output.dir)
     tokenizer = load_tokenizer(config.data.tokenizer)
     model_config = _model_config(config, family, tokenizer)
@@ -74,12 +75,44 @@ def prepare(config: Config, world: int | None) -> Setup:
             f"data.tokenizer: has {len(tokenizer)} tokens, the model's vocabulary only {model_config.decoder.vocab}; "
             "use the tokenizer that belongs to the model"
         )
-    check_layout(model_config, layout, config.parallel.split)
+    return Setup(**vars(_blueprint(config, family, model_config, layout)), tokenizer=tokenizer)
+
+
+def blueprint(config: Config, world: int | None) -> Blueprint:
+    """The same checks as far as they need no file: the model's sizes are those of `model.preset` or `model.config`.
+
+    Raises UserError with the remedy.
+    """
+    family = get_family(config.model.family)
+    raw = _merged(_preset(config, family), config.model.config or {})
+    if not raw:
+        raise UserError("model.preset: needed to know the model's sizes without its files; add it")
+    model_config = validated(family.config_class, raw, "model.config")
+    return _blueprint(config, family, model_config, config.parallel.layout(world))
+
+
+def _blueprint(config: Config, family: Family, model_config: Any, layout: Layout) -> Blueprint:
+    if config.parallel.schedule not in SCHEDULES:
+        raise UserError(
+            f"parallel.schedule: unknown {config.parallel.schedule!r}; choose one of {', '.join(sorted(SCHEDULES))}"
+        )
+    check_media_options(config.data, family)
+    check_layout(family, model_config, layout, config.parallel.split)
     modules = family_modules(family, model_config, config.optimizer)
     schedule = SCHEDULES[config.parallel.schedule](layout.pp, config.batch.micro_batches)
     validate(schedule, config.batch.micro_batches)
     attention = pick_attention(config.kernels.attention)
-    return Setup(config, family, model_config, tokenizer, layout, schedule, attention, modules)
+    return Blueprint(config, family, model_config, layout, schedule, attention, modules)
+
+
+def _preset(config: Config, family: Family) -> dict[str, Any]:
+    """The configuration of `model.preset`, empty without one. Raises UserError for an unknown one."""
+    name = config.model.preset
+    if name is None:
+        return {}
+    if name not in family.presets:
+        raise UserError(f"model.preset: unknown {name!r}; {family.name} has {', '.join(family.presets) or 'none'}")
+    return dataclasses.asdict(family.presets[name]())
 
 
 def check_media_options(options: DataSection, family: Family) -> None:
@@ -115,11 +148,25 @@ def _model_config(config: Config, family: Family, tokenizer: Any) -> Any:
                 f"set model.family={found} or give another folder"
             )
         own = dataclasses.asdict(family.from_hf(raw))
+        _check_preset(own, _preset(config, family), model.init_from)
         checked = validated(family.config_class, _merged(own, model.config or {}), "model.config")
         HuggingFaceFolder(model.init_from, family.layouts, checked).check()
         return checked
-    if model.config is None:
+    raw = _merged(_preset(config, family), model.config or {})
+    if not raw:
         raise UserError(
-            "model: give config (shapes, to train from scratch) or init_from (a Hugging Face folder); neither is there"
+            "model: give config (shapes) or preset (a published size), to train from scratch, or init_from (a Hugging "
+            "Face folder); none is there"
         )
-    return validated(family.config_class, family.complete(model.config, tokenizer), "model.config")
+    return validated(family.config_class, family.complete(raw, tokenizer), "model.config")
+
+
+def _check_preset(own: dict[str, Any], preset: dict[str, Any], folder: Path) -> None:
+    """Raises UserError when a folder's model is not of the size that `model.preset` names."""
+    for section in ("decoder", "vision"):
+        for field, value in preset.get(section, {}).items():
+            if own[section][field] != value:
+                raise UserError(
+                    f"model.preset: says {section}.{field}={value}, {folder}/config.json {own[section][field]}; "
+                    "correct one of them"
+                )

@@ -113,7 +113,10 @@ class HuggingFaceFolder:
         place = (slice(piece.start, piece.start + piece.rows), *columns)
         numbers = self._read_tensor(piece.tensor, place)
         copy = self._copies.get(piece.tensor.name)
-        if copy is not None and not torch.equal(numbers, self._read_tensor(replace(piece.tensor, name=copy), place)):
+        if copy is None:
+            return numbers
+        same = self._read_tensor(replace(piece.tensor, name=copy), place)
+        if same.dtype != numbers.dtype or not torch.equal(same, numbers):
             raise UserError(
                 f"{self.folder}: {copy} differs from {piece.tensor.name}, but the configuration ties the two; "
                 "set tie_word_embeddings to false in config.json, or remove the one that does not count"

@@ -133,8 +133,9 @@ class Trainer:
             self.model.load(self.setup.source(), self.optimizer)
             return f"starting from {self.config.model.init_from or 'random weights'}"
         self.step_number, fresh = load_checkpoint(found, self.model, self.optimizer)
-        note = f"; {len(fresh)} tensors newly trained: their moments and Adam's step count start at zero" if fresh else ""
-        return f"going on from {found}, step {self.step_number}{note}{_changed_order(found, self.config)}"
+        note = f"; {len(fresh)} tensors newly trained: their moments and Adam's step count start at zero"
+        changed = _changed_order(found, self.config)
+        return f"going on from {found}, step {self.step_number}{note if fresh else ''}{changed}"
 
     def step(self, last: bool) -> StepStats:
         """Takes one optimizer step; `last`: none will follow, do not prepare one.

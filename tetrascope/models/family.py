@@ -24,7 +24,10 @@ from tetrascope.models.media import Media, MediaOptions, VisionCost, VisionLayou
 from tetrascope.models.sharding import ShardingTable
 from tetrascope.models.weights import CheckpointLayout, WeightMap
 
-FAMILIES = {"qwen2_vl": "tetrascope.models.qwen2_vl"}
+FAMILIES = {
+    "qwen2_vl": "tetrascope.models.qwen2_vl",
+    "qwen2_5_vl": "tetrascope.models.qwen2_5_vl",
+}
 """Family name -> module that defines FAMILY."""
 
 
@@ -61,6 +64,7 @@ class ModelConfig(Protocol):
     @property
     def typical(self) -> Media:
         """A picture of usual size, by which costs are weighed when none is known."""
+
     @property
     def pad_token_id(self) -> int: ...
     @property
@@ -137,6 +141,8 @@ class Family:
     """Published sizes by name -> configuration."""
     unused: Callable[[Any], tuple[str, ...]] = lambda config: ()
     """Patterns of parameters that take no part in computing: kept for export, never trained."""
+    first_layers: Callable[[Any], int] = lambda config: 1
+    """Decoder layers that the first pipeline stage must hold at least."""
 
 
 def get_family(name: str) -> Family:

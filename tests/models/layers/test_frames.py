@@ -86,6 +86,8 @@ def test_internvl() -> None:
     assert frames.internvl_frames(4, 4) == [0, 1, 2, 2]
     # Borders 0, 25, 50, 75, 100: the middle of 0..24 is 12
     assert frames.internvl_frames(100, 4, rule="intervals") == [12, 37, 62, 87]
+    # Borders 0, 24, 48, 72, 96: the middle of 0..23, down
+    assert frames.internvl_frames(96, 4, rule="intervals") == [11, 35, 59, 83]
     assert frames.internvl_frames(5, 5, rule="intervals") == [0, 1, 2, 3, 4]
 
 

@@ -20,8 +20,8 @@ from tetrascope.models.family import Stage
 from tetrascope.models.inputs import Inputs
 from tetrascope.models.layers.attention import KERNELS, sdpa_attention
 from tetrascope.models.layers.packed import Packed
+from tetrascope.models.layers.rotary import axial_tables
 from tetrascope.models.qwen2_vl import FAMILY
-from tetrascope.models.qwen2_vl.vision import axial_tables
 from tetrascope.models.weights import Piece
 from tetrascope.tools.verify.case import Case
 from tetrascope.tools.verify.families.qwen2_vl import CONTENTS, forward, make_case, name_on_disk, oracle

@@ -25,7 +25,15 @@ from tetrascope.errors import UserError
 from tetrascope.models.layers.decoder_tables import grouped_qkv
 from tetrascope.models.qwen2_vl import FAMILY
 from tetrascope.models.qwen2_vl.config import Qwen2VLConfig
-from tetrascope.models.weights import CheckpointLayout, HFTensor, WeightMap, logical_tensors, renamed, renamed_layout
+from tetrascope.models.weights import (
+    CheckpointLayout,
+    HFTensor,
+    WeightMap,
+    logical_tensors,
+    renamed,
+    renamed_layout,
+    whole,
+)
 from tetrascope.parallel.mesh import Layout
 from tetrascope.tools.checkpoint_convert import native_to_hf as module
 from tetrascope.tools.checkpoint_convert.native_to_hf import native_to_hf
@@ -119,13 +127,16 @@ def test_a_tied_head_that_differs_ends_the_run(pool: WorkerPool, tmp_path: Path)
 
 
 def fused(config: Qwen2VLConfig) -> WeightMap:
-    """Query, key and value as InternLM2 fuses them."""
+    """The decoder's query, key and value fused as in InternLM2, the vision encoder's apart as in CLIP."""
     table = dict(FAMILY.weights(config))
     for name, pieces in table.items():
         if name.startswith("layers.") and ".attention.qkv." in name:
             theirs = pieces[0].tensor.name.replace("q_proj", "wqkv")
             shape = (sum(config.decoder.qkv_rows), *pieces[0].tensor.matrix[1:])
             table[name] = grouped_qkv(HFTensor(theirs, shape), config.decoder)
+        elif ".attention.qkv." in name:
+            theirs, shape = pieces[0].tensor.name, (config.vision.width, *pieces[0].tensor.matrix[1:])
+            table[name] = tuple(whole(theirs.replace("qkv", part), shape) for part in "qkv")
     return table
 
 
@@ -133,8 +144,8 @@ PARTS = [(r"visual\.merger\.", "mm_projector/"), (r"visual\.", "vision_tower/"),
 
 
 def part_configs(config: Any, dtype: str) -> dict[str, dict[str, Any]]:
-    whole = FAMILY.to_hf(config, dtype)
-    return {"config.json": {"model_type": "parts"}, "llm/config.json": whole["text_config"]}
+    together = FAMILY.to_hf(config, dtype)
+    return {"config.json": {"model_type": "parts"}, "llm/config.json": together["text_config"]}
 
 
 HUB = FAMILY.layouts["hub"]
@@ -172,8 +183,8 @@ def test_layouts_that_fuse_tensors_or_keep_parts_apart(
     folder.check()
     assert folder.layout == layout
     for name, tensor in logical_tensors(FAMILY.weights(config)).items():
-        whole = Shard(name, tensor.matrix, (0,) * len(tensor.matrix), torch.empty(tensor.matrix))
-        assert torch.equal(folder(whole), CASES[tied].weights[name].reshape(tensor.matrix)), name
+        shard = Shard(name, tensor.matrix, (0,) * len(tensor.matrix), torch.empty(tensor.matrix))
+        assert torch.equal(folder(shard), CASES[tied].weights[name].reshape(tensor.matrix)), name
 
 
 def test_a_layout_that_the_family_does_not_have(

@@ -50,7 +50,14 @@ MODULES: dict[str, tuple[str, dict[str, ModuleSettings]]] = {
 }
 """Case of the certificate, and the modules of its optimizer."""
 
-LAYOUTS = [(Layout(), 8), (Layout(tp=2), 8), (Layout(pp=2), 8), (Layout(dp=2), 4), (Layout(tp=2, pp=2), 8)]
+LAYOUTS = [
+    (Layout(), 8),
+    (Layout(tp=2), 8),
+    (Layout(pp=2), 8),
+    (Layout(pp=4), 8),
+    (Layout(dp=2), 4),
+    (Layout(tp=2, pp=2), 8),
+]
 """With micro-batches for each data-parallel rank: one sample in each."""
 
 
@@ -104,7 +111,9 @@ def test_layout_equals_one_process(pool: WorkerPool, name: str, layout: Layout, 
 def test_some_micro_batches_are_text_alone() -> None:
     case, _ = _reference("adaptor alone")
     batches = [planner(case, Layout(pp=2), 8).plan(step).micro_batches[0] for step in range(case.steps)]
-    images = [[any(VISION_TOKEN in case.documents[i].ids_T for i in micro.samples) for micro in step] for step in batches]
+    images = [
+        [any(VISION_TOKEN in case.documents[i].ids_T for i in micro.samples) for micro in step] for step in batches
+    ]
     assert all(any(step) and not all(step) for step in images)
 
 

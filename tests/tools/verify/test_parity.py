@@ -21,9 +21,9 @@ from tetrascope.tools.verify.layouts import ROWS, Row
 from tetrascope.tools.verify.pool import WorkerPool
 from tetrascope.tools.verify.run import global_batches
 
-
 VARIANTS: dict[str, tuple[str, ...]] = {
     "qwen2_vl": ("untied", "tied"),
+    "qwen2_5_vl": ("untied", "tied"),
 }
 """The certificate's cases by family."""
 

@@ -113,7 +113,7 @@ def _pictures(source: Source) -> list[Path] | None:
     folder = Path(source)
     if not folder.is_dir():
         return None
-    return sorted((path for path in folder.iterdir() if path.suffix.lower() in PICTURES))
+    return sorted((path for path in folder.iterdir() if path.suffix.lower() in PICTURES), key=_natural)
 
 
 def _natural(path: Path) -> tuple[tuple[int, str], ...]:

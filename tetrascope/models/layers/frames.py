@@ -87,7 +87,7 @@ def qwen_frames(
     """
     n = qwen_frame_count(total, video_fps, fps=fps, min_frames=min_frames, max_frames=max_frames)
     if rule == "hf":
-        return torch.arange(0, total, total / n).int()[:n].clamp(max=total - 1).tolist()
+        return torch.arange(0, total, total / n).int()[:n].tolist()
     return nearest_uniform_frames(total, n)
 
 

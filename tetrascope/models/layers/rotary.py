@@ -66,6 +66,20 @@ def interleaved_tables(positions_3T: Tensor, head_dim: int, theta: float, sectio
     return tables_from_angles(positions_3T[axis_of_frequency].T.double() * frequencies_F)
 
 
+AXIAL_THETA = 10000.0
+"""The base of the vision encoders' rotary positions."""
+
+
+def axial_tables(positions_2N: Tensor, head_dim: int) -> RotaryTables:
+    """2D rotary tables of vision encoders: half of the frequencies turn with a patch's row, half with its column.
+
+    positions int64 `[2, N]`. Source: transformers, qwen2_vl/modeling_qwen2_vl.py (VisionRotaryEmbedding).
+    """
+    frequencies_F = inverse_frequencies(head_dim // 2, AXIAL_THETA, positions_2N.device)
+    angles = positions_2N.double()[..., None] * frequencies_F  # [2, N, D/4]
+    return tables_from_angles(torch.cat((angles[0], angles[1]), dim=-1))
+
+
 def rotate(x_TND: Tensor, tables: RotaryTables) -> Tensor:
     """x·cos + rotate_half(x)·sin in fp32, returned in x's dtype; the same rotation for every head."""
     x = x_TND.float()

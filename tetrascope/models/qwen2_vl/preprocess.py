@@ -7,6 +7,7 @@ videos go through layers/video_patches.py. Videos are sampled as qwen-vl-utils d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -15,7 +16,7 @@ from tetrascope.errors import UserError
 from tetrascope.models.layers.frames import qwen_frames
 from tetrascope.models.layers.video_patches import VideoPatches
 from tetrascope.models.media import Media, MediaOptions
-from tetrascope.models.qwen2_vl.config import Qwen2VLConfig, media
+from tetrascope.models.qwen2_vl.config import media
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28
 """Default area of an image."""
@@ -29,10 +30,28 @@ TOTAL_PIXELS = 24576 * 28 * 28
 """Budget of a video's frames, two frames to a temporal patch (qwen-vl-utils, vision_process.py)."""
 
 
+class PatchShape(Protocol):
+    """Pixels on a patch's side, frames in it, and patches on the side of a merged one."""
+
+    @property
+    def patch(self) -> int: ...
+    @property
+    def temporal_patch(self) -> int: ...
+    @property
+    def merge(self) -> int: ...
+
+
+class HasPatches(Protocol):
+    """The part of a configuration that decides what pictures become; Qwen2.5-VL has it too."""
+
+    @property
+    def vision(self) -> PatchShape: ...
+
+
 class Qwen2VLMedia:
     """Native dynamic resolution: sides rounded to whole merged patches, area kept within [min, max] pixels."""
 
-    def __init__(self, config: Qwen2VLConfig, options: MediaOptions) -> None:
+    def __init__(self, config: HasPatches, options: MediaOptions) -> None:
         from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
 
         v = config.vision

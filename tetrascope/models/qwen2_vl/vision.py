@@ -12,28 +12,19 @@ from torch.nn import functional as F
 from tetrascope.models.inputs import VisionInputs
 from tetrascope.models.layers.attention import AttentionFn
 from tetrascope.models.layers.packed import Packed
-from tetrascope.models.layers.rotary import RotaryTables, inverse_frequencies, rotate, tables_from_angles
+from tetrascope.models.layers.rotary import RotaryTables, axial_tables, rotate
 from tetrascope.models.qwen2_vl.config import Qwen2VLVision
 
 NORM_EPS = 1e-6
-ROPE_THETA = 10000.0
-
-
-def axial_tables(positions_2N: Tensor, head_dim: int) -> RotaryTables:
-    """2D rotary tables: half of the frequencies turn with the patch's row, half with its column."""
-    frequencies_F = inverse_frequencies(head_dim // 2, ROPE_THETA, positions_2N.device)
-    angles = positions_2N.double()[..., None] * frequencies_F  # [2, N, D/4]
-    return tables_from_angles(torch.cat((angles[0], angles[1]), dim=-1))
-
 
 class VisionAttention(nn.Module):
     """Full attention inside each frame."""
 
-    def __init__(self, shape: Qwen2VLVision, attend: AttentionFn) -> None:
+    def __init__(self, width: int, heads: int, attend: AttentionFn) -> None:
         super().__init__()
-        self.qkv = nn.Linear(shape.width, 3 * shape.width)
-        self.proj = nn.Linear(shape.width, shape.width)
-        self.head_dim = shape.width // shape.heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.head_dim = width // heads
         self.attend = attend
 
     def forward(self, x_NE: Tensor, frames: Packed, rotary: RotaryTables) -> Tensor:
@@ -61,7 +52,7 @@ class VisionBlock(nn.Module):
     def __init__(self, shape: Qwen2VLVision, attend: AttentionFn) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(shape.width, eps=NORM_EPS)
-        self.attention = VisionAttention(shape, attend)
+        self.attention = VisionAttention(shape.width, shape.heads, attend)
         self.norm2 = nn.LayerNorm(shape.width, eps=NORM_EPS)
         self.mlp = VisionMLP(shape)
 

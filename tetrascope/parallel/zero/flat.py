@@ -17,10 +17,10 @@ from tetrascope.parallel.primitives import all_gather, reduce_scatter
 class GroupSpec:
     """Parameters that are updated alike and whose gradients are reduced alike.
 
-    weight_decay, lr_scale: of the optimizer, the latter as a multiple of the rate of the step. frozen: never updated,
-    and without gradients; the rest then says nothing. partial: replicated over tensor-parallel ranks, gradients to be summed
-    over them. tied: a copy of the same parameters lives on another pipeline stage, gradients to be summed with it.
-    counted: whether this rank's copy counts in the gradient norm (one copy of each parameter must).
+    weight_decay, lr_scale: of the optimizer, the latter as a multiple of the rate of the step. partial: replicated
+    over tensor-parallel ranks, gradients to be summed over them. tied: a copy of the same parameters lives on another
+    pipeline stage, gradients to be summed with it. counted: whether this rank's copy counts in the gradient norm (one
+    copy of each parameter must). frozen: never updated and without gradients; all else then says nothing.
     """
 
     params: Mapping[str, nn.Parameter]

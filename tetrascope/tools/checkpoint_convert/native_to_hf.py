@@ -133,8 +133,7 @@ def _cause(error: BaseException) -> str:
 
 def _stack(pieces: Sequence[Piece], loaded: Mapping[str, Tensor]) -> Tensor:
     parts = [loaded[p.tensor.name][p.start : p.start + p.rows] for p in pieces]
-    whole = len(parts) == 1 and len(parts[0]) == len(loaded[pieces[0].tensor.name])
-    return parts[0] if whole else torch.cat(parts)  # a part needs memory of its own: files hold no views
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _files(tensors: Iterable[HFTensor], itemsize: int) -> Iterator[list[HFTensor]]:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tetrascope.engine.build import check_layout
 from tetrascope.errors import UserError
+from tetrascope.models.family import get_family
 from tetrascope.tools.verify.case import Case
 from tetrascope.tools.verify.certificate import Verdict, certify, table
 from tetrascope.tools.verify.families import get_oracle
@@ -31,7 +32,7 @@ def verify(family: str, layouts: str | None, world: int, as_json: bool) -> int:
         rows = [row for row in rows if row.layout.world <= world]
     for row in rows:
         for case in cases.values():
-            check_layout(case.config, row.layout)
+            check_layout(get_family(family), case.config, row.layout)
         if row.layout.world > world:
             raise UserError(f"--layouts: {row.layout} needs {row.layout.world} ranks; raise --world from {world}")
     console = Console(stderr=True)

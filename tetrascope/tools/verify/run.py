@@ -56,7 +56,7 @@ def run_layout(
 ) -> RankNumbers:
     """One rank of a layout: the case trained with the engine's own parts."""
     family = get_family(case.family)
-    check_layout(case.config, layout)
+    check_layout(family, case.config, layout)
     mesh = Mesh(layout, "cpu")
     device = torch.device("cpu")
     modules = family_modules(family, case.config, case.optimizer)

@@ -7,7 +7,10 @@ from typing import Any
 
 from tetrascope.errors import UserError
 
-ORACLES = {"qwen2_vl": "tetrascope.tools.verify.families.qwen2_vl"}
+ORACLES = {
+    "qwen2_vl": "tetrascope.tools.verify.families.qwen2_vl",
+    "qwen2_5_vl": "tetrascope.tools.verify.families.qwen2_5_vl",
+}
 
 
 def get_oracle(family: str) -> Any:

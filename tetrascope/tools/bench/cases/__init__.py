@@ -1,0 +1,1 @@
+"""Batches for `bench compare`, by family."""
