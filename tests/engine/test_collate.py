@@ -145,7 +145,8 @@ def test_shares_of_all_ranks_make_the_whole(name: str, tp: int) -> None:
         held = share(len(ids), tp, rank)
         assert len(held) * tp == len(ids)
         assert all(0 <= row < len(held) for row in v.rows_M.tolist())
-        places += [(held.start + row, pick) for row, pick in zip(v.rows_M.tolist(), v.picks_CM[0].tolist(), strict=True)]
+        rows, picks = v.rows_M.tolist(), v.picks_CM[0].tolist()
+        places += [(held.start + row, pick) for row, pick in zip(rows, picks, strict=True)]
     real = sum(len(d.ids_T) for d in packed)
     visual = [row for row, i in enumerate(ids[:real].tolist()) if i in FAMILY.visual_ids(CONFIG)]
     assert places == list(zip(visual, range(len(patches) // block), strict=True))

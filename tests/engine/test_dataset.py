@@ -135,7 +135,7 @@ def test_line_separators_inside_strings_do_not_end_a_line(folder: Folder) -> Non
         (sample("x", "sub"), "sample x: image .*sub is not readable"),
         (sample("x", None), 'sample x: "image" is None; expected the path of a file'),
         (sample("x", ""), "sample x: \"image\" is ''; expected the path of a file"),
-        (sample("x", "thin.png"), "sample x: image .*thin.png: image of 500x2 pixels: .*aspect ratio"),
+        (sample("x", "thin.png"), "sample x: image .*thin.png: image of 5000x20 pixels: .*aspect ratio"),
         ({"id": "x", "messages": [{"role": "user", "content": "q"}]}, "sample x: .*no assistant text"),
         ({"id": "x", "messages": ["q"]}, "sample x: message 'q' must be an object"),
         ({"messages": [{"role": "boss", "content": "q"}]}, "sample line 3: message role 'boss'"),
@@ -146,7 +146,7 @@ def test_line_separators_inside_strings_do_not_end_a_line(folder: Folder) -> Non
 def test_what_is_wrong_is_named_with_file_and_line(folder: Folder, line: Any, message: str) -> None:
     (folder.root / "text.png").write_text("no picture")
     (folder.root / "sub").mkdir()
-    picture(500, 2).save(folder.root / "thin.png")
+    picture(5000, 20).save(folder.root / "thin.png")
     error = folder.error(sample("good", "a.png"), "", line)
     assert error.startswith(f"{folder.file}:3: ") and re.search(message, error)
 

@@ -129,7 +129,8 @@ def test_training_counts_every_product_of_the_backward(problem: Problem, vision:
         logits = problem.model(problem.inputs)
         logits.backward(torch.ones_like(logits))
     whole = counter.get_total_flops()
-    expected = flops.training_flops(problem.config, problem.media, problem.documents, Trained(vision, vision, language, language))
+    learning = Trained(vision, vision, language, language)
+    expected = flops.training_flops(problem.config, problem.media, problem.documents, learning)
     assert (vision_all, whole - vision_all) == expected
     assert vision_forward == flops.vision_forward(problem.config, problem.media)
 

@@ -5,6 +5,7 @@ The oracle of these tests is the trainer itself on one rank, which the parity te
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,27 @@ def test_layout_does_not_change_the_losses(pool: WorkerPool, config: Path, tmp_p
     assert _losses(data) == pytest.approx(_losses(one), rel=RELATIVE), CONTEXT
     assert [s["grad_norm"] for s in four] == pytest.approx([s["grad_norm"] for s in one], rel=1e-4)
     assert {s["tokens"] for s in four} == {s["tokens"] for s in one}
+
+
+def test_videos_train_in_every_layout(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
+    add_videos(tmp_path / "train.jsonl", 6)
+    several = ["data.max_frames=6", "data.video_max_pixels=3136"]
+    one = run_in(pool, config, tmp_path / "one", several, 1, stop=3)
+    four = run_in(pool, config, tmp_path / "four", [*several, "parallel.tp=2", "parallel.pp=2"], 4, stop=3)
+    assert _losses(four) == pytest.approx(_losses(one), rel=RELATIVE), CONTEXT
+    alone = run_in(pool, config, tmp_path / "alone", [*several, "data.max_frames=2"], 1, stop=3)
+    assert sum(s["tokens"] for s in alone) < sum(s["tokens"] for s in one)  # so that there were frames to take away
+
+
+def add_videos(data: Path, count: int) -> None:
+    """Adds samples whose videos are the pictures of the others, in several orders, all of one size."""
+    pictures = [f"{i}.png" for i in (1, 7, 13, 19)]  # those of one size, by write_data's rule
+    lines = []
+    for i in range(count):
+        content = [{"type": "video", "video": pictures[i % 2 :: 1] * 2}, {"type": "text", "text": f"and {i}?"}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": f"{i} frames"}]
+        lines.append(json.dumps({"id": f"v{i}", "messages": messages}))
+    data.write_text("\n".join([*lines, data.read_text()]))
 
 
 def run_in(

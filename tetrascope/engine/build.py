@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,6 @@ from tetrascope.models.layers.collect import Collect
 from tetrascope.models.sharding import Column, Gather, Replicated, Row, Vocab, rule_for
 from tetrascope.parallel.mesh import Layout, Mesh
 from tetrascope.parallel.pipeline.partition import balanced_split, check_layers, check_split, layer_ranges
-from tetrascope.parallel.primitives import all_gather
 from tetrascope.parallel.tensor.layers import (
     ColumnParallelLinear,
     GatherTokens,
@@ -78,6 +77,14 @@ class Placed:
     """The same on every tensor-parallel rank."""
 
 
+def _stage_of(name: str, layers: Sequence[range]) -> int:
+    """The pipeline stage that holds a parameter of the whole model (a tied head counts as the last stage's)."""
+    if name.startswith("layers."):
+        layer = int(name.split(".")[1])
+        return next(stage for stage, held in enumerate(layers) if layer in held)
+    return len(layers) - 1 if name.startswith(("norm.", "head.")) else 0
+
+
 class StageModel:
     """This rank's part of the model: what its pipeline stage holds, divided over its tensor-parallel group.
 
@@ -97,14 +104,15 @@ class StageModel:
         modules: Mapping[str, ModuleOptions],
     ) -> None:
         self.family, self.config, self.mesh, self.modules = family, config, mesh, modules
-        self.layers = stage_layers(family, config, mesh.layout, split)[mesh.index("pp")]
+        layers = stage_layers(family, config, mesh.layout, split)
+        self.layers = layers[mesh.index("pp")]
+        self.gradient_borders = self._gradient_borders(layers)
         with torch.device("meta"):
             stage = Stage(self.layers, first=mesh.first_stage, last=mesh.last_stage)
             self.module = family.build(config, stage, attend).to(dtype)
         self.placed = dict(self._divide())
         for name, placed in self.placed.items():
             placed.param.requires_grad_(not modules[name].frozen)
-        self.gradient_borders = self._gradient_borders()
         self._weights = family.weights(config)
 
     def _divide(self) -> Iterator[tuple[str, Placed]]:
@@ -140,14 +148,11 @@ class StageModel:
                 place = blocks.get(key, whole(tuple(param.shape)))
                 yield f"{name}.{key}", Placed(param, place, key not in blocks)
 
-    def _gradient_borders(self) -> tuple[bool, bool]:
+    def _gradient_borders(self, layers: Sequence[range]) -> tuple[bool, bool]:
         """Whether anything before this stage is trained, and whether anything before the next one is."""
-        trained = any(placed.param.requires_grad for placed in self.placed.values())
-        flags = torch.empty(self.mesh.size("pp"), dtype=torch.int32, device=self.mesh.device)
-        own = torch.tensor([trained], dtype=torch.int32, device=self.mesh.device)
-        all_gather(flags, own, self.mesh.group("pp"))
+        first = min(_stage_of(name, layers) for name, own in self.modules.items() if not own.frozen)
         stage = self.mesh.index("pp")
-        return bool(flags[:stage].any()), bool(flags[: stage + 1].any())
+        return first < stage, first <= stage
 
     def group_specs(self, base_lr: float) -> list[GroupSpec]:
         """Parameters by how they are updated and reduced: tied, frozen, replicated or divided, decay for matrices

@@ -26,6 +26,8 @@ from tetrascope.parallel.zero.flat import TrainedGroup
 QUESTION_TOKENS = 256
 """Text of a made-up sample; half of it supervised."""
 
+COLUMNS = ("stage", "layers", "parameters, M", "trained, M", "weights, GiB", "gradients", "optimizer", "in all")
+
 
 @dataclass(frozen=True)
 class StageSize:
@@ -59,7 +61,7 @@ class DryRun:
 
 
 def dry_run(config: Config) -> DryRun:
-    """Plans a run. Raises UserError for whatever is wrong with the configuration. Needs that no process group exists."""
+    """Plans a run; no process group may exist. Raises UserError for whatever is wrong with the configuration."""
     made = blueprint(config, None)
     media = made.model_config.typical
     tokens = min(media.tokens + QUESTION_TOKENS, config.data.max_tokens)
@@ -103,16 +105,7 @@ def describe(found: DryRun) -> tuple[Table, list[str]]:
     """The table of stages, and lines about the model and the step."""
     made = found.blueprint
     table = Table(title=f"{made.family.name}: first rank of every stage, {made.layout}")
-    for column in (
-        "stage",
-        "layers",
-        "parameters, M",
-        "trained, M",
-        "weights, GiB",
-        "gradients",
-        "optimizer",
-        "in all",
-    ):
+    for column in COLUMNS:
         table.add_column(column, justify="right")
     for number, stage in enumerate(found.stages):
         held = f"{stage.layers.start}-{stage.layers.stop - 1}"

@@ -27,6 +27,10 @@ from tetrascope.models.weights import CheckpointLayout, WeightMap
 FAMILIES = {
     "qwen2_vl": "tetrascope.models.qwen2_vl",
     "qwen2_5_vl": "tetrascope.models.qwen2_5_vl",
+    "qwen3_vl": "tetrascope.models.qwen3_vl",
+    "llava": "tetrascope.models.llava",
+    "llava_onevision": "tetrascope.models.llava_onevision",
+    "internvl": "tetrascope.models.internvl",
 }
 """Family name -> module that defines FAMILY."""
 
@@ -48,6 +52,8 @@ class VisionShape(Protocol):
 
     @property
     def heads(self) -> int: ...
+    @property
+    def patch(self) -> int: ...
     @property
     def patch_width(self) -> int: ...
 

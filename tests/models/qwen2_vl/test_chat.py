@@ -144,7 +144,7 @@ def test_text_is_what_the_chat_template_gives(tokenizer: Any) -> None:
         [user(text("")), assistant(text(""))],
     ]
     for messages in conversations:
-        assert render(messages)[0] == tokenizer.apply_chat_template(messages, tokenize=False)
+        assert render(messages, [])[0] == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Pictures to patch rows.
 
-The grid comes from the header alone, long before pixels are decoded; the oracle is the grid that transformers' processor
-returns for real pixels. A difference would make a run stop at the first such picture. The rows' order and scale are
+The grid comes from the header alone, long before pixels are decoded; the oracle is the grid that transformers'
+processor returns for real pixels. A difference would make a run stop at the first such picture. The rows' order and scale are
 checked against pictures whose every patch has a value of its own.
 """
 

@@ -27,7 +27,7 @@ def test_both_sides_compute_the_same_loss() -> None:
 
 
 def test_what_cannot_be_compared_is_named() -> None:
-    with pytest.raises(UserError, match="--sizes: unknown '7T'; choose from 0.5M, 5M, 20M"):
+    with pytest.raises(UserError, match=r"--sizes: unknown '7T'; choose from 0\.5M, 5M, 20M"):
         compare("qwen2_vl", "7T", pairs=1)
     with pytest.raises(UserError, match="bench compare: nothing has no batches"):
         compare("nothing", "0.5M", pairs=1)

@@ -53,7 +53,7 @@ class Dataset:
     def __init__(self, options: DataSection, family: Family, config: Any, tokenizer: Any) -> None:
         self._family, self._config, self._options = family, config, options
         self._chat: Chat = family.chats[options.chat or next(iter(family.chats))](config, tokenizer)
-        self._reader = MediaReader(family.media(config, options))
+        self._reader = MediaReader(family.media(config, options), config.vision.patch, options.min_frames)
         self.samples = self._read(options.train)
 
     def __len__(self) -> int:

@@ -72,10 +72,13 @@ def _file(kind: str, part: dict[str, Any], folder: Path) -> MediaFile:
 
 
 class MediaReader:
-    """Reads files for one family. Headers are read once a file."""
+    """Reads files for one family. Headers are read once a file.
 
-    def __init__(self, processor: MediaProcessor) -> None:
-        self._processor = processor
+    patch: side of the encoder's patches in pixels. min_frames: frames that a video must have, if the user says so.
+    """
+
+    def __init__(self, processor: MediaProcessor, patch: int, min_frames: int | None) -> None:
+        self._processor, self._patch, self._min_frames = processor, patch, min_frames
         self._sizes: dict[Path, tuple[int, int]] = {}
         self._videos: dict[tuple[Path, ...], VideoInfo] = {}
 
@@ -86,17 +89,26 @@ class MediaReader:
     def _describe(self, file: MediaFile, files: int) -> Media:
         if file.kind == "image":
             width, height = self._size(file.paths[0])
+            self._check_size(file, width, height)
             try:
                 return self._processor.image(width, height, files)
             except UserError as error:
                 raise UserError(f"image {file.paths[0]}: {error}") from error
         if file.paths not in self._videos:
-            self._videos[file.paths] = probe(file.source, fps=file.fps)
+            self._videos[file.paths] = probe(file.source, fps=file.fps, at_least=self._min_frames or 1)
         info = self._videos[file.paths]
+        self._check_size(file, info.width, info.height)
         try:
             return self._processor.video(info.frames, info.fps, info.width, info.height)
         except UserError as error:
             raise UserError(f"video {file.paths[0]}: {error}") from error
+
+    def _check_size(self, file: MediaFile, width: int, height: int) -> None:
+        if min(width, height) < self._patch:
+            raise UserError(
+                f"{file.kind} {file.paths[0]} has {width}x{height} pixels, less than the encoder's patches of "
+                f"{self._patch}x{self._patch}; remove the sample or enlarge it"
+            )
 
     def _size(self, path: Path) -> tuple[int, int]:
         if path not in self._sizes:

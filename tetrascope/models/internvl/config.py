@@ -129,7 +129,9 @@ class InternVLConfig:
                 "model.config.vision: InternViT needs class_token, layer_scale and patch_bias true, pre_norm and "
                 "post_norm false, and used equal to layers; leave them out"
             )
-        if v.rows <= v.heads:  # rows that pad the encoder's sequence to a multiple of the ranks must be less than a tile
+        if (
+            v.rows <= v.heads
+        ):  # rows that pad the encoder's sequence to a multiple of the ranks must be less than a tile
             raise UserError(f"model.config.vision: a tile's {v.rows} rows must be more than heads {v.heads}")
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise UserError(
@@ -164,7 +166,9 @@ def complete(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         if field not in filled:
             filled[field] = token_id(tokenizer, token)
     if "pad_token_id" not in filled:
-        filled["pad_token_id"] = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else filled["eos_token_id"]
+        filled["pad_token_id"] = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else filled["eos_token_id"]
+        )
     if isinstance(filled.get("decoder"), dict):
         filled["decoder"] = {"vocab": len(tokenizer), **filled["decoder"]}
     return filled

@@ -64,9 +64,7 @@ def _from_opengvlab(raw: dict[str, Any]) -> InternVLConfig:
         )
     names = llm.get("architectures") or [""]
     if names[0] not in LANGUAGE_MODELS:
-        raise UserError(
-            f"config.json: llm_config.architectures is {names}; available are {', '.join(LANGUAGE_MODELS)}"
-        )
+        raise UserError(f"config.json: llm_config.architectures is {names}; available are {', '.join(LANGUAGE_MODELS)}")
     kind = LANGUAGE_MODELS[names[0]]
     _demand(llm, "llm_config.", {"bias": False})
     decoder, rope_factor = _decoder(llm, "llm_config.", kind, _tied(raw, llm))
@@ -198,13 +196,13 @@ def _end_of_turn(raw: Mapping[str, Any], kind: str, vocab: int) -> int:
     token = given[0] if isinstance(given, list) else given
     if token is None:
         return 151645 if kind == "qwen2" else 92542
-    turn = END_OF_TURN.get((kind, token), token)
+    turn: int = END_OF_TURN.get((kind, token), token)
     return turn if turn < vocab else token
 
 
 def _pad(raw: Mapping[str, Any], kind: str, vocab: int) -> int:
-    given = raw.get("pad_token_id")
-    return given if given is not None else min(PADS[kind], vocab - 1)
+    given: int | None = raw.get("pad_token_id")
+    return min(PADS[kind], vocab - 1) if given is None else given
 
 
 def to_opengvlab(config: InternVLConfig, dtype: str) -> dict[str, Any]:

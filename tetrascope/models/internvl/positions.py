@@ -15,7 +15,9 @@ from tetrascope.models.media import Media, VisionLayout
 
 def runs(config: InternVLConfig, media: Sequence[Media]) -> list[int]:
     """Lengths of the runs of visual tokens: a picture's tiles are one run, each frame of a video is one."""
-    return [n for one in media for n in ([config.tile_tokens] * len(one.frames) if one.kind == "video" else [one.tokens])]
+    return [
+        n for one in media for n in ([config.tile_tokens] * len(one.frames) if one.kind == "video" else [one.tokens])
+    ]
 
 
 def positions(config: InternVLConfig, ids_T: np.ndarray, media: Sequence[Media], draw: Draw) -> np.ndarray:

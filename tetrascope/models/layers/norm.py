@@ -16,5 +16,5 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         x = x_TH.float()
-        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        normed = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps)  # x.square() is pow: slower
         return normed.to(x_TH.dtype) * self.weight

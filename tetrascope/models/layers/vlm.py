@@ -24,7 +24,9 @@ def pick_features(features_FH: Tensor, vision: VisionInputs, newline_H: Tensor |
     newline: a learned vector that follows the features, where the family has one. Weighted sums are taken in fp32.
     """
     if newline_H is not None:
-        features_FH = torch.cat((features_FH, newline_H[None]))
+        # Under tensor parallelism the rows end with padding, which gives features that belong to no image.
+        real = sum(one.features for one in vision.media)
+        features_FH = torch.cat((features_FH[:real], newline_H[None]))
     if vision.weights_CM is None:
         return features_FH.index_select(0, vision.picks_CM[0])
     chosen_CMH = features_FH[vision.picks_CM].float()

@@ -94,7 +94,8 @@ class Vicuna(_Format):
         for role, message in list(zip(roles, messages, strict=True))[first:]:
             images, words = _split(message)
             if role == "user":
-                text += f"USER: {f'{self.image}\n' * images}{words.strip() if images else words} "
+                shown = f"{self.image}\n" * images
+                text += f"USER: {shown}{words.strip() if images else words} "
                 continue
             text += "ASSISTANT:"
             start = len(text)

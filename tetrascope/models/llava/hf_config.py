@@ -68,9 +68,7 @@ def _from_original(raw: dict[str, Any]) -> LlavaConfig:
             )
         shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
         shape |= {"image_size": side, "patch_size": 14}
-    vision = _vision(
-        CLIPVisionConfig.from_dict(shape), "mm_vision_select_layer", raw.get("mm_vision_select_layer", -2)
-    )
+    vision = _vision(CLIPVisionConfig.from_dict(shape), "mm_vision_select_layer", raw.get("mm_vision_select_layer", -2))
     _need("mm_hidden_size", raw.get("mm_hidden_size", vision.width), vision.width)
     return LlavaConfig(
         decoder=_decoder(text, "", text.tie_word_embeddings),
@@ -161,6 +159,7 @@ def _first(token: int | list[int] | None, default: int) -> int:
 def to_hf(config: LlavaConfig, dtype: str) -> dict[str, Any]:
     """The contents of config.json in the form that transformers 5 writes."""
     v = config.vision
+    rope = {"rope_type": "default", "rope_theta": config.decoder.rope_theta}
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -174,7 +173,7 @@ def to_hf(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "vision_feature_layer": v.used - v.layers - 1,
         "vision_feature_select_strategy": "default",
         **_square(config),
-        "text_config": {"model_type": "llama", "dtype": dtype, **_text(config)},
+        "text_config": {"model_type": "llama", "dtype": dtype, **_text(config), "rope_parameters": rope},
         "vision_config": {"model_type": "clip_vision_model", "dtype": dtype, **_clip(config)},
     }
 
@@ -197,6 +196,7 @@ def to_original(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "mm_vision_tower": f"openai/{(names or list(TOWERS))[0]}",
         **_square(config),
         **_text(config),
+        "rope_theta": config.decoder.rope_theta,
         "vision_config": _clip(config),
     }
 
@@ -222,7 +222,6 @@ def _text(config: LlavaConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": d.tied_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": d.rope_theta},
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,

@@ -46,8 +46,8 @@ def check_layers(layers: int, stages: int, first_least: int = 1) -> None:
 
 
 def check_split(split: Sequence[int], layers: int, stages: int, first_least: int = 1) -> None:
-    """Raises UserError unless `split` gives every one of `stages` a layer, the first `first_least`, and `layers` in all.
-    """
+    """Raises UserError unless `split` has a layer for every one of `stages`, `first_least` for the first, and `layers`
+    in total."""
     check_layers(layers, stages, first_least)
     if len(split) != stages or sum(split) != layers or min(split) < 1:
         raise UserError(
@@ -55,8 +55,8 @@ def check_split(split: Sequence[int], layers: int, stages: int, first_least: int
         )
     if split[0] < first_least:
         raise UserError(
-            f"parallel.split: {list(split)} gives the first stage {split[0]} layers; this model needs the first "
-            f"{first_least} there, where its visual features are added"
+            f"parallel.split: {list(split)} gives the first stage {split[0]} layers, this model needs at least "
+            f"{first_least} there; raise the first number"
         )
 
 

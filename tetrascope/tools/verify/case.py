@@ -10,7 +10,7 @@ by the tensor-parallel degree; the gradient norm is clipped, so that a wrong nor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,13 +20,16 @@ from tetrascope.engine.config import OptimizerSection
 from tetrascope.engine.data.collate import Document
 from tetrascope.engine.modules import ModuleOptions, family_modules
 from tetrascope.models.family import get_family
+from tetrascope.models.weights import RenamingRules, WeightMap
 
 
 @dataclass(frozen=True)
 class Case:
     """A model with its weights (Hugging Face names), and samples to train it on.
 
-    batch: samples in a global batch; the plan chooses which. steps: optimizer steps to take.
+    batch: samples in a global batch; the plan chooses which. steps: optimizer steps to take. yardsticks: (regular
+    expression, replacement) of tensors whose gradient is zero in exact arithmetic, so that nothing but rounding is left
+    of it, and of the tensors by whose gradients and changes that rounding is measured.
     """
 
     family: str
@@ -36,6 +39,7 @@ class Case:
     batch: int
     steps: int
     optimizer: OptimizerSection
+    yardsticks: RenamingRules = ()
 
 
 @dataclass(frozen=True)
@@ -49,18 +53,30 @@ class Numbers:
     weights: dict[str, Tensor]
 
 
+KEY_BIASES: RenamingRules = ((r"(vision_tower\..*)\.k_proj\.bias", r"\1.q_proj.bias"),)
+"""Yardsticks of an encoder without rotary positions: a bias of the keys adds the same to all scores of a query, which
+softmax takes away again. Its gradient is a sum over the same rows as that of the queries' bias."""
+
 OPTIMIZER = OptimizerSection(lr=1e-2, min_lr_ratio=1.0, betas=(0.9, 0.95), eps=1e-2, weight_decay=0.1, clip=1.0)
 """eps is large on purpose. AdamW divides by |g| + eps: with a tiny eps an element whose gradient is all rounding
 noise moves by a full ±lr in a random direction, and no comparison of weights means anything. With gradients clipped
 to norm 1 and eps 1e-2, an update changes by at most (1 + 1/eps) ≈ 100 times the relative gradient error."""
 
 
-def tensor_options(case: Case) -> dict[str, ModuleOptions]:
-    """Options of every Hugging Face tensor, from those of the parameters that it is part of."""
+def tensor_options(case: Case, weights: WeightMap | None = None) -> dict[str, ModuleOptions]:
+    """Options of every Hugging Face tensor, from those of the parameters that it is part of.
+
+    weights: map of the layout whose tensors are meant; None: the canonical one. A vector has no weight decay, however
+    many dimensions it has on disk (a class token of shape `[1, 1, E]`).
+    """
     family = get_family(case.family)
-    weights = family.weights(case.config)
+    weights = family.weights(case.config) if weights is None else weights
     modules = family_modules(family, case.config, case.optimizer)
-    return {piece.tensor.name: modules[name] for name, pieces in weights.items() for piece in pieces}
+    return {
+        piece.tensor.name: own if len(piece.tensor.matrix) > 1 else replace(own, weight_decay=0.0)
+        for own, pieces in ((modules[name], pieces) for name, pieces in weights.items())
+        for piece in pieces
+    }
 
 
 def train_reference(

@@ -65,8 +65,9 @@ def verify_row(pool: WorkerPool, name: str, case: Case, expected: Numbers, row: 
     Raises RankFailure when a rank fails.
     """
     ranks = pool.run(run_layout, case, row.layout, row.micro_batches, row.schedule, world=row.layout.world)
-    gradients = compare([shard for rank in ranks for shard in rank.gradients], expected.gradients)
-    weights = compare([shard for rank in ranks for shard in rank.weights], expected.weights, case.weights)
+    rules = case.yardsticks
+    gradients = compare([s for rank in ranks for s in rank.gradients], expected.gradients, yardsticks=rules)
+    weights = compare([s for rank in ranks for s in rank.weights], expected.weights, case.weights, rules)
     worst_gradient = max(gradients, key=gradients.__getitem__)
     worst_weight = max(weights, key=weights.__getitem__)
     return Verdict(

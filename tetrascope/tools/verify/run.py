@@ -20,6 +20,7 @@ from tetrascope.engine.source import memory_source
 from tetrascope.engine.step import forward_backward
 from tetrascope.models.family import get_family
 from tetrascope.models.layers.attention import pick_attention
+from tetrascope.models.weights import RenamingRules, rename
 from tetrascope.parallel.mesh import Layout, Mesh
 from tetrascope.parallel.pipeline.generators import SCHEDULES
 from tetrascope.parallel.tensor.placement import share
@@ -153,9 +154,12 @@ def _copies(found: Iterable[Shard]) -> list[Shard]:
 
 
 def compare(
-    parts: Sequence[Shard], expected: dict[str, Tensor], start: dict[str, Tensor] | None = None
+    parts: Sequence[Shard],
+    expected: dict[str, Tensor],
+    start: dict[str, Tensor] | None = None,
+    yardsticks: RenamingRules = (),
 ) -> dict[str, float]:
-    """Largest error of each logical tensor, relative to its largest element.
+    """Largest error of each logical tensor, relative to its largest element, or its yardstick's (`Case.yardsticks`).
 
     With `start`, relative to the largest change from it: weights after a few steps differ little from where they
     began, and only the difference says anything. Every element must be held by somebody; one that nobody holds
@@ -168,7 +172,8 @@ def compare(
     for part in parts:
         whole = expected[part.name].reshape(part.shape)
         place = tuple(slice(o, o + n) for o, n in zip(part.offset, part.tensor.shape, strict=True))
-        base = whole if start is None else whole - start[part.name].reshape(part.shape)
+        measure = rename(part.name, yardsticks)
+        base = expected[measure] if start is None else expected[measure] - start[measure]
         scale = base.abs().max().item() or 1.0
         error = (part.tensor - whole[place]).abs().max().item() / scale if part.tensor.numel() else 0.0
         errors[part.name] = max(errors[part.name], error if error == error else float("inf"))

@@ -10,6 +10,10 @@ from tetrascope.errors import UserError
 ORACLES = {
     "qwen2_vl": "tetrascope.tools.verify.families.qwen2_vl",
     "qwen2_5_vl": "tetrascope.tools.verify.families.qwen2_5_vl",
+    "qwen3_vl": "tetrascope.tools.verify.families.qwen3_vl",
+    "llava": "tetrascope.tools.verify.families.llava",
+    "llava_onevision": "tetrascope.tools.verify.families.llava_onevision",
+    "internvl": "tetrascope.tools.verify.families.internvl",
 }
 
 
