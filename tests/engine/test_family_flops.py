@@ -61,8 +61,9 @@ def test_windows_and_frames_are_what_attention_sees() -> None:
 
 
 # Qwen2-VL 7B by hand. A token: in each of 28 layers 2·3584·(3584 + 512 + 512 + 3584) = 58,720,256 for query, key, value
-# and output and 2·3·3584·18944 = 407,371,776 for the MLP; 2·3584·152064 = 1,089,994,752 for the head: 14.14 GFLOP. A
-# patch: 2·1176·1280 to embed it, in each of 32 blocks 2·(4·1280² + 2·1280·5120). A merged feature: 2·5120·(5120 + 3584).
+# and output and 2·3·3584·18944 = 407,371,776 for the MLP; 2·3584·152064 = 1,089,994,752 for the head: 14.14 GFLOP.
+# A patch: 2·1176·1280 to embed it, in each of 32 blocks 2·(4·1280² + 2·1280·5120). A merged feature:
+# 2·5120·(5120 + 3584).
 QWEN2_VL_7B_TOKEN = 28 * (2 * 3584 * (3584 + 512 + 512 + 3584) + 6 * 3584 * 18944) + 2 * 3584 * 152064
 QWEN2_VL_7B_PATCH = 2 * 1176 * 1280 + 32 * 2 * (4 * 1280**2 + 2 * 1280 * 5120)
 QWEN2_VL_7B_FEATURE = 2 * 5120 * (5120 + 3584)

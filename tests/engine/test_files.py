@@ -86,7 +86,7 @@ def test_a_video_is_planned_from_its_header_and_read_as_planned(folder: Path) ->
 
 
 def test_what_cannot_be_used_is_named(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"image .*thin\.png has 13x200 pixels, less than the encoder's patches of 14x14"):
+    with pytest.raises(UserError, match=r"image .*thin\.png has 13x200 pixels, less than .* patches of 14x14"):
         reader().describe([MediaFile("image", (folder / "thin.png",))])
     with pytest.raises(UserError, match="has 3 frames, at least 4 are needed"):
         reader(DefaultMediaOptions(min_frames=4)).describe([frames(folder, 3)])

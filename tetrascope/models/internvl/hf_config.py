@@ -192,12 +192,12 @@ def _side(size: int | Sequence[int], where: str) -> int:
 
 
 def _end_of_turn(raw: Mapping[str, Any], kind: str, vocab: int) -> int:
-    given = raw.get("eos_token_id")
-    token = given[0] if isinstance(given, list) else given
+    given: Any = raw.get("eos_token_id")
+    token: int | None = given[0] if isinstance(given, list) else given
     if token is None:
         return 151645 if kind == "qwen2" else 92542
-    turn: int = END_OF_TURN.get((kind, token), token)
-    return turn if turn < vocab else token
+    turn = END_OF_TURN.get((kind, token))
+    return token if turn is None or turn >= vocab else turn
 
 
 def _pad(raw: Mapping[str, Any], kind: str, vocab: int) -> int:

@@ -94,8 +94,9 @@ class Vicuna(_Format):
         for role, message in list(zip(roles, messages, strict=True))[first:]:
             images, words = _split(message)
             if role == "user":
-                shown = f"{self.image}\n" * images
-                text += f"USER: {shown}{words.strip() if images else words} "
+                if images:
+                    words = (f"{self.image}\n" * images + words.strip()).strip()
+                text += f"USER: {words} "
                 continue
             text += "ASSISTANT:"
             start = len(text)

@@ -75,7 +75,8 @@ class LlavaOneVisionConfig:
     @property
     def typical(self) -> Media:
         """A picture of twice by twice the encoder's input."""
-        height, width = min(self.pinpoints, key=lambda canvas: abs(canvas[0] * canvas[1] - 4 * self.vision.image**2))
+        side = 2 * self.vision.image
+        height, width = min(self.pinpoints, key=lambda canvas: abs(canvas[0] - side) + abs(canvas[1] - side))
         return anyres_media(self.vision, self.pinpoints, self.max_views, width, height)
 
     def __post_init__(self) -> None:

@@ -144,9 +144,10 @@ def shrink(plane: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.nda
 def _neighbours(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each of `new` points: the two of `old` it lies between, and how far from the first.
 
-    In float32, as torch computes them: in float64 the weights would be other ones, by up to `old` roundoffs.
+    In float32 as torch computes them, whose product and difference are one fused operation: in float64 throughout
+    the weights would be other ones, by up to `old` roundoffs.
     """
-    scale = np.float32(old) / np.float32(new)
-    source = np.maximum(scale * (np.arange(new, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5), np.float32(0))
+    scale = np.float64(np.float32(old) / np.float32(new))
+    source = np.maximum(scale * (np.arange(new) + 0.5) - 0.5, 0).astype(np.float32)
     first = source.astype(np.int64)
     return first, np.minimum(first + 1, old - 1), source - first.astype(np.float32)

@@ -91,11 +91,11 @@ def _content(role: str, parts: Sequence[dict[str, Any]], pictures: Pictures) -> 
     for part in parts:
         kind = part["type"]
         if kind in agent.STEPS and role != "assistant":
-            raise UserError(f"message content part {part!r} stands in a {role} message; it belongs to the assistant")
+            raise UserError(f"message content part {part!r} stands in a message of the {role}; it belongs to the assistant")
         if kind == "actions" and role != "system":
-            raise UserError(f"message content part {part!r} stands in a {role} message; it belongs to the system")
+            raise UserError(f"message content part {part!r} stands in a message of the {role}; it belongs to the system")
         written = "".join(piece for piece, _ in pieces)
-        if kind == "actions" and written:
+        if "actions" in (kind, before) and written:
             pieces.append(("\n\n", True))
         elif (kind in agent.STEPS or before == "result") and written and not written.endswith("\n"):
             pieces.append(("\n", before != "result"))  # the line break after a result is the environment's too

@@ -1,9 +1,10 @@
 """LLaVA-1.5 against transformers' LlavaForConditionalGeneration.
 
 Matrices are scaled up, since default-initialised attention is flat and blind to positions: the decoder's by 6, those of
-CLIP and projector by 3, since at 6 the attention of one after the other magnifies rounding to more than 1e-5 of the
-largest logit; at 3 it stays below 3e-6. CLIP's position table is scaled by 20, or it would drown in the embedded
-pixels. Two swapped patches then move logits by half of the largest and more, a position off by one by a tenth and more.
+CLIP and projector by 2, since at 6 the attention of one after the other magnifies rounding to more than 1e-5 of the
+largest logit; at 2 it stays below 2e-6. CLIP's position table is scaled by 20, or it would drown in the embedded
+pixels. Two swapped patches then move logits by a third of the largest and more, a position off by one by a tenth and
+more (measured over three seeds).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tetrascope.models.llava import FAMILY
 from tetrascope.models.llava.config import LlavaConfig, LlavaDecoder, LlavaVision, media
 from tetrascope.tools.verify.case import KEY_BIASES, OPTIMIZER, Case, Numbers, tensor_options, train_reference
 
-LANGUAGE_SCALE, VISION_SCALE, PLACE_SCALE = 6.0, 3.0, 20.0
+LANGUAGE_SCALE, VISION_SCALE, PLACE_SCALE = 6.0, 2.0, 20.0
 IMAGE, BOS, EOS, PAD = range(4)
 SHOWN = "image"
 
