@@ -21,6 +21,12 @@ INSTALL_REQUIRES = [
     "rich",
     "pyyaml",
     "tensorboard",
+    "fsspec",
+    "pyarrow",
+    "tenacity",
+]
+MEGATRON_REQUIRES = [
+    "megatron-core>=0.16",
 ]
 DEMO_REQUIRES = [
     "scikit-learn",
@@ -31,6 +37,7 @@ DEV_REQUIRES = [
     "mypy",
     "import-linter",
     "types-PyYAML",
+    "hypothesis",
 ]
 
 
@@ -58,7 +65,8 @@ setup(
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "demo": DEMO_REQUIRES,
-        "dev": DEV_REQUIRES + DEMO_REQUIRES,
+        "megatron": MEGATRON_REQUIRES,
+        "dev": DEV_REQUIRES + DEMO_REQUIRES + MEGATRON_REQUIRES,
     },
     entry_points={"console_scripts": ["tetrascope = tetrascope.cli:main"]},
     zip_safe=False,

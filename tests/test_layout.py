@@ -101,7 +101,7 @@ def setup_requirements() -> list[Requirement]:
         for target in node.targets
         if isinstance(target, ast.Name) and target.id.endswith("_REQUIRES")
     }
-    assert set(lists) == {"INSTALL_REQUIRES", "DEMO_REQUIRES", "DEV_REQUIRES"}
+    assert set(lists) == {"INSTALL_REQUIRES", "DEMO_REQUIRES", "DEV_REQUIRES", "MEGATRON_REQUIRES"}
     return [Requirement(line) for lines in lists.values() for line in lines]
 
 

@@ -70,3 +70,25 @@ def test_splits_that_do_not_fit(split: list[int]) -> None:
 def test_splits_that_fit_and_their_layers() -> None:
     check_split([1, 3, 1], 5, 3)
     assert layer_ranges([1, 3, 1]) == [range(0, 1), range(1, 4), range(4, 5)]
+
+
+@pytest.mark.parametrize("least", [2, 3, 4])
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (2.5, 0), (20, 0), (0.5, 6)])
+def test_no_split_with_enough_on_the_first_stage_is_better(least: int, first: float, last: float) -> None:
+    for layers, stages in itertools.product(range(least, 9), range(1, 6)):
+        if layers < least + stages - 1:
+            with pytest.raises(UserError, match=rf"need at least {least + stages - 1} .* must hold {least}; lower"):
+                balanced_split(layers, stages, first, last, least)
+            continue
+        split = balanced_split(layers, stages, first, last, least)
+        allowed = [loads(s, first, last) for s in all_splits(layers, stages) if s[0] >= least]
+        assert split[0] >= least and sum(split) == layers and len(split) == stages
+        assert max(loads(tuple(split), first, last)) == pytest.approx(min(max(cost) for cost in allowed))
+
+
+def test_a_split_with_too_few_layers_on_the_first_stage() -> None:
+    check_split([3, 1, 1], 5, 3, first_least=3)
+    with pytest.raises(UserError, match=r"parallel\.split: \[2, 2, 1\] gives the first stage 2 layers, .* at least 3"):
+        check_split([2, 2, 1], 5, 3, first_least=3)
+    with pytest.raises(UserError, match=r"parallel\.pp: 4 stages need at least 6 .*; lower parallel.pp to 3 or less"):
+        check_split([2, 1, 1, 1], 5, 4, first_least=3)

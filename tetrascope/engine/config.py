@@ -17,6 +17,12 @@ from tetrascope.parallel.mesh import Layout
 Beta = Annotated[float, Field(ge=0, lt=1)]
 """Decay rate of a moving average."""
 
+PartName = Literal["language", "vision", "adaptor"]
+"""Parts of a model that can start from checkpoints of their own."""
+
+LossWeighting = Literal["token", "sample", "sqrt"]
+"""What a supervised token's weight in the loss depends on."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -25,15 +31,30 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """Which model.
 
-    init_from: a Hugging Face folder to start from. preset: a published size, to train from scratch; with init_from,
-    the size that the folder must have. config: the family's configuration, to train from scratch; with init_from or
-    preset, changes to theirs, such as position_rule.
+    init_from: a Hugging Face folder to start from, or one for each of some parts, `{language: ..., vision: ...,
+    adaptor: ...}`; parts without a folder start at random. preset: a published size, to train from scratch or from
+    parts; with one folder, the size that it must have. config: the family's configuration, to train from scratch or
+    from parts; with one folder or preset, changes to theirs, such as position_rule.
     """
 
     family: str
     preset: str | None = None
     config: dict[str, Any] | None = None
-    init_from: Path | None = None
+    init_from: Path | dict[PartName, Path] | None = None
+
+    @pydantic.field_validator("init_from", mode="before")
+    @classmethod
+    def _folder_or_folders(cls, value: Any) -> Any:
+        """One clear message instead of one for each type that the value might have had."""
+        known = ", ".join(typing.get_args(PartName))
+        for part, folder in value.items() if isinstance(value, dict) else [(None, value)]:
+            if part is not None and part not in typing.get_args(PartName):
+                raise ValueError(f"unknown part {part!r}; known parts: {known}")
+            if not isinstance(folder, str | Path) and (part is not None or folder is not None):
+                raise ValueError(f"expected a folder, or a folder for each of some parts ({known})")
+        if value == {}:
+            raise ValueError(f"empty; give a folder for at least one of {known}, or remove it")
+        return value
 
 
 class DataSection(_Section):
@@ -62,10 +83,48 @@ class DataSection(_Section):
 
 
 class BatchSection(_Section):
-    """The global batch: `samples` in all, in `micro_batches` packed micro-batches on every data-parallel rank."""
+    """The global batch, by tokens or by samples, and how much a supervised token of it counts.
 
-    samples: PositiveInt
+    tokens, pack: a budget of `tokens` in tokens / pack micro-batches of at most `pack` tokens each, whatever the
+    layout. samples, micro_batches: so many samples, in so many micro-batches on every data-parallel rank. loss: weight
+    of a supervised token of a sample with n of them, token: 1, sample: 1/n, sqrt: 1/sqrt(n).
+    """
+
+    samples: PositiveInt | None = None
     micro_batches: PositiveInt = 1
+    tokens: PositiveInt | None = None
+    pack: PositiveInt | None = None
+    loss: LossWeighting = "token"
+
+    @pydantic.model_validator(mode="after")
+    def _by_samples_or_by_tokens(self) -> BatchSection:
+        if (self.samples is None) == (self.tokens is None) or (self.tokens is None) != (self.pack is None):
+            raise ValueError("give either samples (and micro_batches), or tokens and pack")
+        if self.tokens is not None and self.pack is not None:
+            if self.tokens % self.pack:
+                near = max(1, round(self.tokens / self.pack)) * self.pack
+                raise ValueError(f"tokens must be a multiple of pack={self.pack}, for example {near}")
+            if self.micro_batches != 1:
+                raise ValueError("with tokens, there are tokens / pack micro-batches; remove micro_batches")
+        return self
+
+    @property
+    def packs(self) -> int | None:
+        """Micro-batches of a step over all ranks, None when samples are counted."""
+        return None if self.tokens is None or self.pack is None else self.tokens // self.pack
+
+    def per_rank(self, dp: int) -> int:
+        """Micro-batches of a step on each of `dp` ranks. Raises UserError when they do not divide."""
+        packs = self.packs
+        if packs is None or self.pack is None:
+            return self.micro_batches
+        if packs % dp:
+            fitting = ", ".join(str(n) for n in range(1, packs + 1) if packs % n == 0)
+            raise UserError(
+                f"batch.tokens: {self.tokens} tokens in packs of {self.pack} make {packs} micro-batches, which do not "
+                f"divide by parallel.dp={dp}; use dp of {fitting}, or batch.tokens={-(-packs // dp) * dp * self.pack}"
+            )
+        return packs // dp
 
 
 class ParallelSection(_Section):

@@ -81,8 +81,9 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: cannot be read ({cause[0]}); copy it again")
 
 
-FORMATS = (("model.safetensors", _Safetensors), ("pytorch_model.bin", _Pickled))
-"""Single file (its index is called the same with .index.json) -> reader; the first that is there counts."""
+FORMATS = (("model.safetensors", _Safetensors), ("pytorch_model.bin", _Pickled), ("mm_projector.bin", _Pickled))
+"""Single file (its index is called the same with .index.json) -> reader; the first that is there counts. The last one
+is the adaptor that LLaVA's first stage of training writes."""
 
 
 class TensorFolder:

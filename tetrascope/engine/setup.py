@@ -11,6 +11,7 @@ from tetrascope.engine.build import check_layout
 from tetrascope.engine.config import Config, DataSection, validated
 from tetrascope.engine.data.dataset import load_tokenizer
 from tetrascope.engine.modules import ModuleOptions, family_modules
+from tetrascope.engine.parts import PartsSource, open_parts
 from tetrascope.engine.source import HuggingFaceFolder, Source, random_source, read_hf_config
 from tetrascope.engine.storage import check_writable
 from tetrascope.errors import UserError
@@ -43,11 +44,16 @@ class Setup(Blueprint):
 
     def source(self) -> Source:
         """Where the first weights come from."""
-        if self.config.model.init_from is not None:
-            return HuggingFaceFolder(self.config.model.init_from, self.family.layouts, self.model_config)
-        return random_source(
+        init_from = self.config.model.init_from
+        if isinstance(init_from, Path):
+            return HuggingFaceFolder(init_from, self.family.layouts, self.model_config)
+        fresh = random_source(
             self.config.train.seed, lambda name, shape: self.family.initial(self.model_config, name, shape)
         )
+        if init_from is None:
+            return fresh
+        parts = open_parts(init_from, self.family, self.model_config)
+        return PartsSource(parts, self.family.weights(self.model_config), fresh)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint keeps of the run, as JSON values."""
@@ -139,7 +145,7 @@ def _sections(*values: object) -> bool:
 
 def _model_config(config: Config, family: Family, tokenizer: Any) -> Any:
     model = config.model
-    if model.init_from is not None:
+    if isinstance(model.init_from, Path):
         raw = read_hf_config(model.init_from)
         found = family_of(raw)
         if found != family.name:
@@ -155,10 +161,13 @@ def _model_config(config: Config, family: Family, tokenizer: Any) -> Any:
     raw = _merged(_preset(config, family), model.config or {})
     if not raw:
         raise UserError(
-            "model: give config (shapes) or preset (a published size), to train from scratch, or init_from (a Hugging "
-            "Face folder); none is there"
+            "model: give config (shapes) or preset (a published size), to train from scratch or from separate parts, "
+            "or init_from (one Hugging Face folder); none is there"
         )
-    return validated(family.config_class, family.complete(raw, tokenizer), "model.config")
+    checked = validated(family.config_class, family.complete(raw, tokenizer), "model.config")
+    for part in open_parts(model.init_from or {}, family, checked):
+        part.check()
+    return checked
 
 
 def _check_preset(own: dict[str, Any], preset: dict[str, Any], folder: Path) -> None:

@@ -15,7 +15,15 @@ from torch import Tensor
 from tetrascope.engine.hf_files import TensorFolder
 from tetrascope.engine.logical import Shard
 from tetrascope.errors import UserError
-from tetrascope.models.weights import CheckpointLayout, HFTensor, Piece, logical_tensors, relative, rows_of
+from tetrascope.models.weights import (
+    CheckpointLayout,
+    HFTensor,
+    Piece,
+    WeightMap,
+    logical_tensors,
+    relative,
+    rows_of,
+)
 
 Source = Callable[[Shard], Tensor]
 """A shard (name, offset, shape of its rectangle) -> the numbers that belong in it."""
@@ -57,18 +65,30 @@ class HuggingFaceFolder:
 
     Which layout it is follows from its tensor names. Raises UserError for a folder without tensor files, and for one
     that lacks tensors of the model or holds others besides: by names here, by shapes in `check`.
+
+    field: of the configuration, for messages. model: the map of the logical tensors, of a model that the folder holds
+    a part of; None: the folder holds all of it, and the first layout is canonical.
     """
 
-    def __init__(self, folder: Path, layouts: Mapping[str, CheckpointLayout], config: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layouts: Mapping[str, CheckpointLayout],
+        config: Any,
+        field: str = "model.init_from",
+        model: WeightMap | None = None,
+    ) -> None:
+        self.field = field
         maps = {name: layout.weights(config) for name, layout in layouts.items()}
         subfolders = {name.rpartition("/")[0] for weights in maps.values() for name in logical_tensors(weights)} - {""}
         self.files = TensorFolder(folder, subfolders)
         self.folder = folder
         self.layout = self._recognise(layouts, config)
-        canonical = next(iter(maps.values()))
-        self._tensors = logical_tensors(maps[self.layout])
+        own = maps[self.layout]
+        canonical = next(iter(maps.values())) if model is None else {name: model[name] for name in own}
+        self._tensors = logical_tensors(own)
         self._logical = logical_tensors(canonical)
-        self._pieces = relative(canonical, maps[self.layout])
+        self._pieces = relative(canonical, own)
         copies = layouts[self.layout].copies(config)
         self._copies = {original: copy for copy, original in copies.items() if copy in self.files.names()}
 
@@ -80,10 +100,18 @@ class HuggingFaceFolder:
         if missing or odd:
             parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"holds {_some(odd)} besides"] * bool(odd)
             raise UserError(
-                f"model.init_from: {self.folder}, taken for layout {nearest!r}, {' and '.join(parts)}; "
+                f"{self.field}: {self.folder}, taken for layout {nearest!r}, {' and '.join(parts)}; "
                 "it belongs to another model or is incomplete"
             )
         return nearest
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @property
+    def logical(self) -> Mapping[str, HFTensor]:
+        """The logical tensors that the folder has the numbers of."""
+        return self._logical
 
     def check(self) -> None:
         """Raises UserError unless all tensors have the shapes that the configuration gives. Reads headers only."""

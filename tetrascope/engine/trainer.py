@@ -130,8 +130,9 @@ class Trainer:
                 "or choose another output.dir"
             )
         if not found:
-            self.model.load(self.setup.source(), self.optimizer)
-            return f"starting from {self.config.model.init_from or 'random weights'}"
+            source = self.setup.source()
+            self.model.load(source, self.optimizer)
+            return f"starting from {'random weights' if self.config.model.init_from is None else source}"
         self.step_number, fresh = load_checkpoint(found, self.model, self.optimizer)
         note = f"; {len(fresh)} tensors newly trained: their moments and Adam's step count start at zero"
         changed = _changed_order(found, self.config)

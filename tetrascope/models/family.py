@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import nn
 from tetrascope.errors import UserError
 from tetrascope.models.layers.attention import AttentionFn
 from tetrascope.models.layers.decoder import DecoderShape
+from tetrascope.models.layers.parts import Part
 from tetrascope.models.layers.positions import Draw
 from tetrascope.models.media import Media, MediaOptions, VisionCost, VisionLayout
 from tetrascope.models.sharding import ShardingTable
@@ -31,6 +32,7 @@ FAMILIES = {
     "llava": "tetrascope.models.llava",
     "llava_onevision": "tetrascope.models.llava_onevision",
     "internvl": "tetrascope.models.internvl",
+    "longvila": "tetrascope.models.longvila",
 }
 """Family name -> module that defines FAMILY."""
 
@@ -149,6 +151,8 @@ class Family:
     """Patterns of parameters that take no part in computing: kept for export, never trained."""
     first_layers: Callable[[Any], int] = lambda config: 1
     """Decoder layers that the first pipeline stage must hold at least."""
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    """Checkpoints of their own that parts of a model can start from: `language`, `vision`, `adaptor`."""
 
 
 def get_family(name: str) -> Family:

@@ -181,6 +181,8 @@ class CheckpointLayout:
     """Regular expressions of tensors that may be there and are no parameters, such as rotary frequencies."""
     copies: Callable[[Any], Mapping[str, str]] = _no_copies
     """Configuration -> tensors that may be there and must then equal another one: a tied head's, the embedding."""
+    language_folder: str = ""
+    """Where tokenizer and generation_config.json lie, inside the checkpoint's folder."""
 
     def differences(self, config: Any, names: Iterable[str]) -> tuple[list[str], list[str]]:
         """Which tensors a checkpoint with these names lacks, and which it should not have."""

@@ -6,6 +6,7 @@ stands for pictures and frames is compared with transformers' own processor.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,7 +56,7 @@ def marked(tokenizer: Any, name: str, messages: list[Any], media: list[Media], *
     assert ids.dtype == np.int64 and supervised.dtype == bool and ids.shape == supervised.shape
     borders = [0, *np.flatnonzero(np.diff(supervised)) + 1, len(ids)]
     found = ""
-    for start, stop in zip(borders, borders[1:], strict=False):
+    for start, stop in pairwise(borders):
         words = tokenizer.decode(ids[start:stop].tolist(), skip_special_tokens=False)
         found += f"[[{words}]]" if supervised[start] else words
     for n in (24, 12, 8, 4):
@@ -92,9 +93,7 @@ def test_every_frame_of_a_video_is_a_line(tokenizer: Any) -> None:
     messages = [said("user", VIDEO, text("x"), IMAGE), said("assistant", text("y"))]
     found = marked(tokenizer, "internvl2_5", messages, [framed(tiny_config(), 3), picture(1)], system_message="")
     frames = "".join(f"Frame{i}: <img>(4)</img>\n" for i in (1, 2, 3))
-    assert found == (
-        f"<|im_start|>user\n{frames}x<img>(4)</img>\n<|im_end|>\n<|im_start|>assistant\n[[y<|im_end|>]]\n"
-    )
+    assert found == (f"<|im_start|>user\n{frames}x<img>(4)</img>\n<|im_end|>\n<|im_start|>assistant\n[[y<|im_end|>]]\n")
 
 
 def test_pictures_and_frames_are_written_as_transformers_writes_them() -> None:

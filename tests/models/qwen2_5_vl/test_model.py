@@ -109,6 +109,14 @@ def test_logits_of_a_faint_picture(pair: Pair) -> None:
 
 
 @torch.no_grad()
+def test_features_of_faint_rows(pair: Pair) -> None:
+    # The same for the adaptor's norm, which the encoder's biases keep from ever seeing faint rows.
+    rows_NE = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)) / 1000
+    ours, theirs = pair.ours().adaptor(rows_NE), pair.theirs.model.visual.merger(rows_NE)
+    assert (ours - theirs).abs().max() <= BOUND * theirs.abs().max()
+
+
+@torch.no_grad()
 def test_logits_by_the_rule_of_the_paper(pair: Pair) -> None:
     # The oracle has the other rule built in, so it is given the positions: what remains to compare is how they enter.
     config = dataclasses.replace(pair.case.config, position_rule="paper")

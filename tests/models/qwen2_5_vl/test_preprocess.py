@@ -82,7 +82,7 @@ def test_seconds_of_a_step_are_exact(fps: float, rate: Fraction) -> None:
 
 
 def test_what_cannot_be_used_is_refused() -> None:
-    with pytest.raises(UserError, match="image of 201x1 pixels: .*aspect ratio"):
+    with pytest.raises(UserError, match=r"image of 201x1 pixels: .*aspect ratio"):
         processor().image(201, 1, 1)
     with pytest.raises(UserError, match="a video has 1 frames, at least 2 are needed"):
         processor().video(1, 8.0, 140, 112)

@@ -117,9 +117,7 @@ def test_boxes_of_the_assistant_are_learned_and_those_of_the_user_are_not(tokeni
     messages = [turn("user", IMAGE, box(64, 48, 320, 240)), turn("assistant", box(0, 0, 320, 240, object="3"))]
     ids, supervised = chat_of(tokenizer).encode(messages, [WIDE])
     learned = tokenizer.decode(ids[supervised].tolist(), skip_special_tokens=False)
-    assert learned == (
-        "<|object_ref_start|>3<|object_ref_end|><|box_start|>(0,0),(500,500)<|box_end|><|im_end|>"
-    )
+    assert learned == ("<|object_ref_start|>3<|object_ref_end|><|box_start|>(0,0),(500,500)<|box_end|><|im_end|>")
     assert tokenizer.convert_tokens_to_ids("<|box_start|>") in ids[supervised]
 
 

@@ -135,7 +135,9 @@ def test_what_the_environment_shows_is_not_learned(chat: ChatML) -> None:
     )
 
 
-@pytest.mark.parametrize("answer", ["héllo", "数字 3", "a😀b", "e\u0301", " leading", "trailing ", "\nnew\n\nlines\n", ""])
+@pytest.mark.parametrize(
+    "answer", ["héllo", "数字 3", "a😀b", "e\u0301", " leading", "trailing ", "\nnew\n\nlines\n", ""]
+)
 def test_every_token_of_an_answer_is_supervised(chat: ChatML, answer: str) -> None:
     # Supervision comes from character offsets, which differ from bytes: the supervised tokens must be the answer.
     ids, supervised = chat.encode([user(text("q")), assistant(text(answer))], [])

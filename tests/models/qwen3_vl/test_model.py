@@ -21,11 +21,11 @@ from tetrascope.models.family import Stage
 from tetrascope.models.inputs import Inputs
 from tetrascope.models.layers.attention import KERNELS
 from tetrascope.models.layers.rotary import interleaved_tables
+from tetrascope.models.qwen2_vl.config import media
 from tetrascope.models.qwen3_vl import FAMILY
 from tetrascope.models.qwen3_vl.model import first_layers
 from tetrascope.models.qwen3_vl.positions import vision_layout
 from tetrascope.models.qwen3_vl.vision import PositionTable, table_corners
-from tetrascope.models.qwen2_vl.config import media
 from tetrascope.models.weights import Piece
 from tetrascope.tools.verify.case import Case
 from tetrascope.tools.verify.families.qwen3_vl import CONTENTS, forward, make_case, name_on_disk, oracle, tiny_config
@@ -171,6 +171,12 @@ def test_stages_in_a_row_are_the_whole_model(pair: Pair) -> None:
     for stage in stages:
         hidden = pair.ours(stage)(inputs, hidden)
     assert hidden is not None and torch.equal(hidden, pair.ours()(inputs))
+
+
+def test_a_stage_with_too_few_layers_for_deepstack_is_refused(pair: Pair) -> None:
+    inputs = pair.inputs(pair.documents[:1])
+    with pytest.raises(ValueError, match="2 features follow the first layers, 1 are here"):
+        pair.ours(Stage(range(1), True, False))(inputs)
 
 
 def test_stages_hold_their_parameters_under_the_whole_models_names(pair: Pair) -> None:

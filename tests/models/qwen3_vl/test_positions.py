@@ -36,9 +36,9 @@ def test_golden_positions() -> None:
     rest = list(range(31, 39))
     assert document.positions_AT.dtype == np.int64
     assert document.positions_AT.tolist() == [
-        text + [6] * 6 + between + steps_t + rest,
-        text + [6, 6, 6, 7, 7, 7] + between + steps_h + rest,
-        text + [6, 7, 8, 6, 7, 8] + between + steps_w + rest,
+        [*text, *[6] * 6, *between, *steps_t, *rest],
+        [*text, 6, 6, 6, 7, 7, 7, *between, *steps_h, *rest],
+        [*text, 6, 7, 8, 6, 7, 8, *between, *steps_w, *rest],
     ]
 
 

@@ -162,6 +162,11 @@ def test_bounds_that_exclude_each_other_are_named() -> None:
         processor(min_pixels=5000, max_pixels=4000)
 
 
+def test_a_maximum_below_the_default_minimum_takes_it_along() -> None:
+    grid = processor(max_pixels=50176).image(640, 480, 1).grid
+    assert grid == (1, 12, 16) and grid[1] * grid[2] * 256 <= 50176
+
+
 def test_saved_processors(tmp_path: Path) -> None:
     ours = processor(min_pixels=6272, max_pixels=65536, video_max_pixels=65536, max_frames=16)
     ours.save(str(tmp_path))

@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "qwen3_vl": ("untied", "tied"),
     "llava_onevision": ("untied", "tied"),
     "llava": ("published", "v2pe"),
+    "internvl": ("qwen2", "internlm2", "v2pe"),
 }
 """The certificate's cases by family."""
 

@@ -5,6 +5,7 @@ from tetrascope.models.internvl.chat import CHATS
 from tetrascope.models.internvl.config import PRESETS, InternVLConfig, complete
 from tetrascope.models.internvl.hf_config import from_hf, to_opengvlab
 from tetrascope.models.internvl.model import InternVL
+from tetrascope.models.internvl.parts import PARTS
 from tetrascope.models.internvl.positions import positions, vision_layout
 from tetrascope.models.internvl.preprocess import MEDIA_OPTIONS, InternVLMedia
 from tetrascope.models.internvl.sharding import sharding
@@ -30,4 +31,5 @@ FAMILY = Family(
     media_options=MEDIA_OPTIONS,
     chats=CHATS,
     presets=PRESETS,
+    parts=PARTS,
 )

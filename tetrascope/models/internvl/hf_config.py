@@ -75,7 +75,7 @@ def _from_opengvlab(raw: dict[str, Any]) -> InternVLConfig:
         decoder=decoder,
         vision=_vision(vision, "vision_config."),
         # OpenGVLab's files do not hold it; it is the third of the nine tokens added at the vocabulary's end.
-        image_token_id=raw.get("img_context_token_id") or decoder.vocab - 7,
+        image_token_id=raw.get("img_context_token_id", decoder.vocab - 7),
         eos_token_id=_end_of_turn(llm, kind, decoder.vocab),
         pad_token_id=_pad(llm, kind, decoder.vocab),
         positions=PositionRule(version, int(stride)),

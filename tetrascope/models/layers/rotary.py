@@ -73,7 +73,7 @@ AXIAL_THETA = 10000.0
 def axial_tables(positions_2N: Tensor, head_dim: int) -> RotaryTables:
     """2D rotary tables of vision encoders: half of the frequencies turn with a patch's row, half with its column.
 
-    positions int64 `[2, N]`. Source: transformers, qwen2_vl/modeling_qwen2_vl.py (VisionRotaryEmbedding).
+    positions int64 `[2, N]`. Source: transformers, qwen2_vl/modeling_qwen2_vl.py (`Qwen2VLVisionRotaryEmbedding`).
     """
     frequencies_F = inverse_frequencies(head_dim // 2, AXIAL_THETA, positions_2N.device)
     angles = positions_2N.double()[..., None] * frequencies_F  # [2, N, D/4]

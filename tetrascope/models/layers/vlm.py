@@ -84,6 +84,8 @@ class VisionLanguageModel(nn.Module):
             hidden_TH = self.embed(inputs.token_ids_T)
             if inputs.vision is not None:
                 tokens_MH, *later = self.visual_tokens(inputs.vision)
+                if len(later) > len(self.layers):
+                    raise ValueError(f"{len(later)} features follow the first layers, {len(self.layers)} are here")
                 hidden_TH = hidden_TH.index_copy(0, inputs.vision.rows_M, tokens_MH)
         elif hidden_TH is None:
             raise ValueError("a stage without the embedding needs the hidden states of the stage before it")

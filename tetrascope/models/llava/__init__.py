@@ -9,7 +9,7 @@ from tetrascope.models.llava.model import Llava
 from tetrascope.models.llava.positions import positions, vision_layout
 from tetrascope.models.llava.preprocess import LlavaMedia
 from tetrascope.models.llava.sharding import sharding
-from tetrascope.models.llava.weights import LAYOUTS, initial, weights
+from tetrascope.models.llava.weights import LAYOUTS, PARTS, initial, weights
 
 FAMILY = Family(
     name="llava",
@@ -31,5 +31,6 @@ FAMILY = Family(
     media_options=frozenset(),
     chats={"vicuna_v1": Vicuna, "plain": Plain},
     presets=PRESETS,
+    parts=PARTS,
     unused=lambda config: unused_parameters(config.vision),
 )

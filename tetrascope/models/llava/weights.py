@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tetrascope.models.layers.decoder_tables import decoder_weights
+from tetrascope.models.layers.parts import language_part, own_part, vision_part
 from tetrascope.models.layers.vit_tables import clip_weights
 from tetrascope.models.llava.config import LlavaConfig
 from tetrascope.models.llava.hf_config import to_hf, to_original
@@ -65,6 +66,14 @@ LAYOUTS = {
         ),
         configs=single_config(to_original),
     ),
+}
+
+
+PARTS = {
+    "language": language_part("llama"),
+    "vision": vision_part("clip"),
+    # `mm_projector.bin`, which the original's first stage writes, is of the layout "original".
+    "adaptor": own_part(LAYOUTS, r"adaptor\..*"),
 }
 
 

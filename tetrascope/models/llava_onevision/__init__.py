@@ -9,7 +9,7 @@ from tetrascope.models.llava_onevision.model import LlavaOneVision
 from tetrascope.models.llava_onevision.positions import positions, vision_layout
 from tetrascope.models.llava_onevision.preprocess import MEDIA_OPTIONS, LlavaOneVisionMedia
 from tetrascope.models.llava_onevision.sharding import sharding
-from tetrascope.models.llava_onevision.weights import LAYOUTS, initial, weights
+from tetrascope.models.llava_onevision.weights import LAYOUTS, PARTS, initial, weights
 
 FAMILY = Family(
     name="llava_onevision",
@@ -31,5 +31,6 @@ FAMILY = Family(
     media_options=MEDIA_OPTIONS,
     chats={"qwen": ChatML, "qwen_original": OriginalChatML, "plain": Plain},
     presets=PRESETS,
+    parts=PARTS,
     unused=lambda config: unused_parameters(config.vision),
 )

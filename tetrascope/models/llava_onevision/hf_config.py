@@ -42,6 +42,7 @@ def from_hf(raw: dict[str, Any]) -> LlavaOneVisionConfig:
 
     Raises UserError for another model's configuration and for options that would change what the model computes.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import LlavaOnevisionConfig as HFConfig
 
     if "mm_vision_tower" in raw:
@@ -50,11 +51,17 @@ def from_hf(raw: dict[str, Any]) -> LlavaOneVisionConfig:
         raise UserError(
             f"config.json: model_type is {raw.get('model_type')!r}; the family llava_onevision needs 'llava_onevision'"
         )
-    hf: Any = HFConfig.from_dict(raw)
+    try:
+        hf: Any = HFConfig.from_dict(raw)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise UserError(f"config.json: transformers cannot read it: {error}") from error
     text = hf.text_config
-    rope = text.rope_parameters
     _need(
         ("text_config.model_type", text.model_type, "qwen2"),
+        ("vision_config.model_type", hf.vision_config.model_type, "siglip_vision_model"),
+    )
+    rope = text.rope_parameters
+    _need(
         ("text_config.hidden_act", text.hidden_act, "silu"),
         ("text_config.attention_dropout", text.attention_dropout, 0),
         ("text_config.use_sliding_window", text.use_sliding_window, False),
@@ -99,7 +106,6 @@ def _need(*options: tuple[str, Any, Any]) -> None:
 def _vision(hf: Any) -> ViTShape:
     vision, layer = hf.vision_config, hf.vision_feature_layer
     _need(
-        ("vision_config.model_type", vision.model_type, "siglip_vision_model"),
         ("vision_config.vision_use_head", vision.vision_use_head, False),
         ("vision_config.attention_dropout", vision.attention_dropout, 0),
     )
@@ -155,12 +161,15 @@ def _as_transformers(raw: dict[str, Any]) -> dict[str, Any]:
         "use_pos_skipping": False,
     }
     _need(*((key, raw.get(key, default), default) for key, default in defaults.items()))
+    pinpoints = raw.get("image_grid_pinpoints")
+    if not isinstance(pinpoints, list):
+        raise UserError(f"config.json: image_grid_pinpoints is {pinpoints!r}; write it as a list of [height, width]")
     found = {
         "architectures": [ARCHITECTURES[0]],
         "model_type": "llava_onevision",
         "text_config": {"model_type": "qwen2", **{key: raw[key] for key in TEXT_FIELDS if key in raw}},
         "vision_config": vision or _vision_to_hf(SIGLIP),
-        "vision_aspect_ratio": raw.get("image_aspect_ratio"),
+        "vision_aspect_ratio": str(raw.get("image_aspect_ratio")),
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),
     }
     optional = ("image_grid_pinpoints", "image_token_index", "video_token_index", "vision_feature_layer")

@@ -80,7 +80,7 @@ class LlavaOneVisionMedia:
             image_mean=list(MEAN),
             image_std=list(STD),
             size={"height": side, "width": side},
-            image_grid_pinpoints=[list(canvas) for canvas in self._pinpoints],
+            image_grid_pinpoints=[list(canvas) for canvas in self._config.pinpoints],
         )
         processor.save_pretrained(folder)
         video = {

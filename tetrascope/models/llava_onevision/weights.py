@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tetrascope.models.layers.decoder_tables import decoder_weights
+from tetrascope.models.layers.parts import language_part, own_layout, own_part, vision_part
 from tetrascope.models.layers.vit_tables import clip_weights
 from tetrascope.models.llava_onevision.config import LlavaOneVisionConfig
 from tetrascope.models.llava_onevision.hf_config import to_hf, to_original
@@ -72,6 +74,17 @@ LAYOUTS = {
             (r"", "model."),
         ],
     ),
+}
+
+
+_ADAPTOR = own_part(LAYOUTS, r"adaptor\..*")
+_PROJECTOR = own_layout(LAYOUTS["original"], r"adaptor\.fc[12]\..*")
+
+PARTS = {
+    "language": language_part("qwen2"),
+    "vision": vision_part("siglip", dropped=1),
+    # `mm_projector.bin`, which the original's first stage writes, has no newline.
+    "adaptor": replace(_ADAPTOR, layouts={**_ADAPTOR.layouts, "projector": _PROJECTOR}),
 }
 
 

@@ -7,7 +7,7 @@ from tetrascope.models.qwen2_5_vl.model import Qwen2_5VL
 from tetrascope.models.qwen2_5_vl.positions import positions, vision_layout
 from tetrascope.models.qwen2_5_vl.preprocess import Qwen2_5VLMedia
 from tetrascope.models.qwen2_5_vl.sharding import sharding
-from tetrascope.models.qwen2_5_vl.weights import LAYOUTS, initial, weights
+from tetrascope.models.qwen2_5_vl.weights import LAYOUTS, PARTS, initial, weights
 from tetrascope.models.qwen2_vl.config import complete
 from tetrascope.models.qwen2_vl.preprocess import MEDIA_OPTIONS
 
@@ -31,4 +31,5 @@ FAMILY = Family(
     media_options=MEDIA_OPTIONS,
     chats={"chatml": ChatML},
     presets=PRESETS,
+    parts=PARTS,
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tetrascope.models.layers.decoder_tables import decoder_weights
-from tetrascope.models.qwen2_5_vl.config import Qwen2_5VLConfig, to_hf
+from tetrascope.models.layers.parts import language_part, own_part, own_settings
+from tetrascope.models.qwen2_5_vl.config import Qwen2_5VLConfig, from_hf, to_hf
 from tetrascope.models.weights import CheckpointLayout, Piece, WeightMap, renamed_layout, single_config, whole
 
 
@@ -49,6 +50,13 @@ LAYOUTS = {
     "hub": _HUB,
     # What transformers 5 calls the tensors in memory, and writes with save_original_format=False.
     "in-memory": renamed_layout(_HUB, [(r"visual\.", "model.visual."), (r"model\.", "model.language_model.")]),
+}
+
+
+PARTS = {
+    "language": language_part("qwen2"),
+    "vision": own_part(LAYOUTS, r"vision\..*", own_settings(from_hf, "vision")),
+    "adaptor": own_part(LAYOUTS, r"adaptor\..*"),
 }
 
 

@@ -12,9 +12,7 @@ import numpy as np
 
 def window_lengths(rows: int, columns: int, side: int, patches: int = 1) -> tuple[int, ...]:
     """Lengths of a frame's windows, row by row of windows. rows, columns: of merged patches, `patches` patches each."""
-    heights, widths = (
-        [min(side, n - first) for first in range(0, n, side)] for n in (rows, columns)
-    )
+    heights, widths = ([min(side, n - first) for first in range(0, n, side)] for n in (rows, columns))
     return tuple(height * width * patches for height in heights for width in widths)
 
 

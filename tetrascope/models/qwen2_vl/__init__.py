@@ -7,7 +7,7 @@ from tetrascope.models.qwen2_vl.model import Qwen2VL
 from tetrascope.models.qwen2_vl.positions import positions, vision_layout
 from tetrascope.models.qwen2_vl.preprocess import MEDIA_OPTIONS, Qwen2VLMedia
 from tetrascope.models.qwen2_vl.sharding import sharding
-from tetrascope.models.qwen2_vl.weights import LAYOUTS, initial, weights
+from tetrascope.models.qwen2_vl.weights import LAYOUTS, PARTS, initial, weights
 
 FAMILY = Family(
     name="qwen2_vl",
@@ -29,4 +29,5 @@ FAMILY = Family(
     media_options=MEDIA_OPTIONS,
     chats={"chatml": ChatML},
     presets=PRESETS,
+    parts=PARTS,
 )

@@ -49,7 +49,7 @@ def step(part: dict[str, Any], pictures: Pictures) -> Pieces:
 
 
 def actions(part: dict[str, Any]) -> str:
-    """The functions that the model may call, for the system message. Raises UserError for what is not a list of them."""
+    """The functions that the model may call, for the system message. Raises UserError for anything else."""
     known_fields(part, ("actions",))
     listed = part.get("actions")
     if not isinstance(listed, list) or not listed or not all(isinstance(one, dict) for one in listed):

@@ -91,9 +91,13 @@ def _content(role: str, parts: Sequence[dict[str, Any]], pictures: Pictures) -> 
     for part in parts:
         kind = part["type"]
         if kind in agent.STEPS and role != "assistant":
-            raise UserError(f"message content part {part!r} stands in a message of the {role}; it belongs to the assistant")
+            raise UserError(
+                f"message content part {part!r} stands in a message of the {role}; it belongs to the assistant"
+            )
         if kind == "actions" and role != "system":
-            raise UserError(f"message content part {part!r} stands in a message of the {role}; it belongs to the system")
+            raise UserError(
+                f"message content part {part!r} stands in a message of the {role}; it belongs to the system"
+            )
         written = "".join(piece for piece, _ in pieces)
         if "actions" in (kind, before) and written:
             pieces.append(("\n\n", True))

@@ -140,7 +140,7 @@ def complete(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
             index = tokenizer.convert_tokens_to_ids(token)
             if index is None or index == tokenizer.unk_token_id:
                 raise UserError(
-                    f"data.tokenizer: has no token {token}, which Qwen2-VL needs; add it as a special token"
+                    f"data.tokenizer: has no token {token}, which the family needs; add it as a special token"
                 )
             filled[field] = index
     if isinstance(filled.get("decoder"), dict):

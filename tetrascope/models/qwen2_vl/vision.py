@@ -17,6 +17,7 @@ from tetrascope.models.qwen2_vl.config import Qwen2VLVision
 
 NORM_EPS = 1e-6
 
+
 class VisionAttention(nn.Module):
     """Full attention inside each frame."""
 

@@ -9,7 +9,7 @@ from tetrascope.models.qwen3_vl.model import Qwen3VL, first_layers
 from tetrascope.models.qwen3_vl.positions import positions, vision_layout
 from tetrascope.models.qwen3_vl.preprocess import MEDIA_OPTIONS, Qwen3VLMedia
 from tetrascope.models.qwen3_vl.sharding import sharding
-from tetrascope.models.qwen3_vl.weights import LAYOUTS, weights
+from tetrascope.models.qwen3_vl.weights import LAYOUTS, PARTS, weights
 
 FAMILY = Family(
     name="qwen3_vl",
@@ -31,5 +31,6 @@ FAMILY = Family(
     media_options=MEDIA_OPTIONS,
     chats={"chatml": ChatML},
     presets=PRESETS,
+    parts=PARTS,
     first_layers=first_layers,
 )

@@ -77,7 +77,11 @@ def _next(shown: Iterator[Media], kind: str, count: int) -> Media:
 
 
 def _placeholder(one: Media) -> str:
-    """One pad token for each temporal step (transformers, `processing_qwen3_vl.py`, `replace_video_token`)."""
+    """The steps of a video in place of its start, pad and end token, as transformers 4.57 has it.
+
+    The processor of transformers 5.23 gives the same steps (`processing_qwen3_vl.py`, `replace_video_token`) but puts
+    them where the pad token was, so that the chat template's start and end token stay around the whole video.
+    """
     if one.kind == "image":
         return IMAGE
     return "".join(f"<{time:.1f} seconds>{VIDEO_STEP}" for time in one.times)

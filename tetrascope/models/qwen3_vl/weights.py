@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tetrascope.models.layers.decoder_tables import decoder_weights
-from tetrascope.models.qwen3_vl.config import Qwen3VLConfig, to_hf
+from tetrascope.models.layers.parts import language_part, own_part, own_settings
+from tetrascope.models.qwen3_vl.config import Qwen3VLConfig, from_hf, to_hf
 from tetrascope.models.weights import CheckpointLayout, Piece, WeightMap, single_config, whole
 
 
@@ -50,3 +51,9 @@ def _tied_head(config: Qwen3VLConfig) -> Mapping[str, str]:
 
 
 LAYOUTS = {"hub": CheckpointLayout(weights=weights, configs=single_config(to_hf), copies=_tied_head)}
+
+PARTS = {
+    "language": language_part("qwen3"),
+    "vision": own_part(LAYOUTS, r"vision\..*", own_settings(from_hf, "vision")),
+    "adaptor": own_part(LAYOUTS, r"adaptor\..*"),
+}

@@ -8,9 +8,7 @@ from functools import cache
 from tetrascope.errors import UserError
 
 
-def balanced_split(
-    layers: int, stages: int, first_extra: float, last_extra: float, first_least: int = 1
-) -> list[int]:
+def balanced_split(layers: int, stages: int, first_extra: float, last_extra: float, first_least: int = 1) -> list[int]:
     """Layers per stage that minimise the heaviest stage, in units of one layer's cost.
 
     first_extra: cost of vision encoder and adaptor on stage 0; last_extra: cost of the output head on the last.

@@ -66,11 +66,12 @@ def native_to_hf(
     for path, content in chosen.configs(model, dtype).items():
         (temporary / path).parent.mkdir(parents=True, exist_ok=True)
         _write_json(temporary / path, content)
+    language = temporary / chosen.language_folder
     _write_json(
-        temporary / "generation_config.json",
+        language / "generation_config.json",
         {"eos_token_id": model.eos_token_id, "pad_token_id": model.pad_token_id, "do_sample": False},
     )
-    load_tokenizer(tokenizer or config.data.tokenizer).save_pretrained(str(temporary))
+    load_tokenizer(tokenizer or config.data.tokenizer).save_pretrained(str(language))
     family.media(model, config.data).save(str(temporary))
     shutil.rmtree(destination, ignore_errors=True)
     temporary.rename(destination)

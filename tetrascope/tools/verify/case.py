@@ -53,7 +53,7 @@ class Numbers:
     weights: dict[str, Tensor]
 
 
-KEY_BIASES: RenamingRules = ((r"(vision_tower\..*)\.k_proj\.bias", r"\1.q_proj.bias"),)
+KEY_BIASES: RenamingRules = ((r"(vision_tower[./].*)\.k_proj\.bias", r"\1.q_proj.bias"),)
 """Yardsticks of an encoder without rotary positions: a bias of the keys adds the same to all scores of a query, which
 softmax takes away again. Its gradient is a sum over the same rows as that of the queries' bias."""
 

@@ -14,6 +14,7 @@ ORACLES = {
     "llava": "tetrascope.tools.verify.families.llava",
     "llava_onevision": "tetrascope.tools.verify.families.llava_onevision",
     "internvl": "tetrascope.tools.verify.families.internvl",
+    "longvila": "tetrascope.tools.verify.families.longvila",
 }
 
 
