@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,16 @@ SPECIALS = [
 ]
 
 
-def write_tokenizer(folder: Path) -> None:
-    """One token a byte, and Qwen2-VL's special tokens."""
+def write_tokenizer(folder: Path, more: Sequence[str] = ()) -> None:
+    """One token a byte, and Qwen2-VL's special tokens; `more` special tokens after them."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.add_special_tokens({"additional_special_tokens": SPECIALS})
+    usual = {"bos_token": "<s>", "unk_token": "<unk>"} if "<s>" in more else {}
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends, **usual)
+    fast.add_special_tokens({"additional_special_tokens": [*SPECIALS, *more]})
     fast.save_pretrained(str(folder))
 
 

@@ -53,7 +53,7 @@ def test_it_trains_what_the_paper_trains(planned: tuple[str, DryRun]) -> None:
     modules, samples, rates = PUBLISHED[name]
     learning = trained(found.blueprint.modules)
     assert [part for part, on in vars(learning).items() if on] == modules.split()
-    assert len(found.plan.samples) == samples
+    assert len(found.plan.draws) == samples
     own = {options.lr for options in found.blueprint.modules.values() if not options.frozen}
     assert tuple(sorted(own)) == rates
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from tetrascope.errors import UserError
+from tetrascope.models.media import MEDIA_OPTIONS
 from tetrascope.parallel.mesh import Layout
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -57,17 +59,65 @@ class ModelSection(_Section):
         return value
 
 
+class StoreSection(_Section):
+    """How files of other machines are read. retries: of a failed request; concurrency: requests at once in a process;
+    requests_per_second: null for no limit; cache_dir: for copies of remote index and row files."""
+
+    retries: NonNegativeInt = 4
+    concurrency: PositiveInt = 16
+    requests_per_second: PositiveFloat | None = None
+    cache_dir: Path | None = None
+
+
+class SourceSection(_Section):
+    """One source of a mixture.
+
+    path: a file, a pattern or an address, as its format takes it. name: in logs, by default from the path. weight: its
+    share of the samples drawn, beside the others'. shuffle: null for data.shuffle. root: the folder that files of its
+    samples must lie in, by default that of `path`. chat and what follows: null for those of `data`. options: of the
+    format.
+    """
+
+    path: str
+    name: str = ""
+    format: str = "auto"
+    weight: PositiveFloat = 1.0
+    shuffle: bool | None = None
+    root: str | None = None
+    chat: str | None = None
+    min_pixels: PositiveInt | None = None
+    max_pixels: PositiveInt | None = None
+    max_tiles: PositiveInt | None = None
+    fps: PositiveFloat | None = None
+    min_frames: PositiveInt | None = None
+    max_frames: PositiveInt | None = None
+    video_max_pixels: PositiveInt | None = None
+    options: dict[str, Any] = {}
+
+    def media(self) -> dict[str, Any]:
+        """Choices about images and videos, null where `data` decides."""
+        return {name: getattr(self, name) for name in MEDIA_OPTIONS}
+
+    def shuffled(self, data: DataSection) -> bool:
+        """Whether the source's samples come in another order in every epoch."""
+        return data.shuffle if self.shuffle is None else self.shuffle
+
+
 class DataSection(_Section):
     """What to train on.
 
-    train: JSONL of conversations, image paths relative to it. shuffle: anew in every epoch; false reads the file in
+    train: one source, for short. sources: several, drawn from by weight. shuffle: anew in every epoch; false reads the file in
     its order, for a curriculum. chat: chat format, null for the family's own. max_tokens: longest sample allowed.
-    max_bad_samples: unreadable images to skip before the run stops. How images and videos become tokens, null for the
+    overlong: what becomes of longer ones, an error, dropped, or split between exchanges. max_bad_samples: how many
+    samples may be unusable before the run stops, below 1 as a share of all. max_image_pixels: largest image that is
+    opened. index_dir: for indexes, by default in output.dir; index_workers: processes that make them, null for as many
+    as there are cores. store: how remote files are read. How images and videos become tokens, null for the
     family's own choice: min_pixels, max_pixels: area of an image; max_tiles: tiles of an image; fps, min_frames,
     max_frames: frames taken from a video; video_max_pixels: area of a frame.
     """
 
-    train: Path
+    train: Path | None = None
+    sources: list[SourceSection] = []
     tokenizer: Path
     shuffle: bool = True
     chat: str | None = None
@@ -79,7 +129,32 @@ class DataSection(_Section):
     max_frames: PositiveInt | None = None
     video_max_pixels: PositiveInt | None = None
     max_tokens: PositiveInt = 32768
-    max_bad_samples: NonNegativeInt = 100
+    overlong: Literal["error", "drop", "split"] = "error"
+    max_bad_samples: Annotated[float, Field(ge=0)] = 0.001
+    max_image_pixels: PositiveInt = 178956970
+    index_dir: Path | None = None
+    index_workers: PositiveInt | None = None
+    store: StoreSection = StoreSection()
+
+    @pydantic.model_validator(mode="after")
+    def _one_or_several(self) -> DataSection:
+        if (self.train is None) == (not self.sources):
+            raise ValueError("give either train (one source) or sources (several)")
+        names = [section.name for section in self.all_sources()]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sources are called {twice[0]!r}; give them names of their own")
+        return self
+
+    def all_sources(self) -> list[SourceSection]:
+        """The sources, each with a name."""
+        if self.train is not None:
+            return [SourceSection(path=str(self.train), name="train")]
+        return [s if s.name else s.model_copy(update={"name": _stem(s.path)}) for s in self.sources]
+
+
+def _stem(path: str) -> str:
+    """A short name for a path, an address or a module."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", path.rstrip("/").rsplit("/", 1)[-1].split(".")[0]).strip("-") or "source"
 
 
 class BatchSection(_Section):

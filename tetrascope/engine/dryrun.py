@@ -18,7 +18,7 @@ from tetrascope.engine import flops
 from tetrascope.engine.build import StageModel, build_optimizer
 from tetrascope.engine.config import Config
 from tetrascope.engine.modules import summary, trained
-from tetrascope.engine.plan import Planner, SampleInfo, StepPlan
+from tetrascope.engine.plan import CostModel, Planner, SampleInfo, StepPlan
 from tetrascope.engine.setup import Blueprint, blueprint
 from tetrascope.parallel.mesh import Mesh
 from tetrascope.parallel.zero.flat import TrainedGroup
@@ -65,13 +65,15 @@ def dry_run(config: Config) -> DryRun:
     made = blueprint(config, None)
     media = made.model_config.typical
     tokens = min(media.tokens + QUESTION_TOKENS, config.data.max_tokens)
-    infos = [SampleInfo(tokens, QUESTION_TOKENS // 2, (media,))] * config.batch.samples
-    plan = Planner(infos, config.train.seed, made.layout, config.batch, config.data.shuffle).plan(0)
-    vision, language = flops.training_flops(
-        made.model_config, [media] * len(infos), [tokens] * len(infos), trained(made.modules)
-    )
+    enough = config.batch.samples or -(-(config.batch.tokens or 0) // tokens)
+    infos = [SampleInfo(tokens, QUESTION_TOKENS // 2, (media,))] * enough
+    learning = trained(made.modules)
+    cost = CostModel(made.model_config, learning)
+    plan = Planner.single(infos, config.train.seed, made.layout, config.batch, config.data.shuffle, cost).plan(0)
+    samples = len(plan.draws)
+    vision, language = flops.training_flops(made.model_config, [media] * samples, [tokens] * samples, learning)
     stages = [_stage(config, made, stage) for stage in range(made.layout.pp)]
-    return DryRun(made, stages, plan, tokens * len(infos), vision + language)
+    return DryRun(made, stages, plan, tokens * samples, vision + language)
 
 
 def _stage(config: Config, made: Blueprint, stage: int) -> StageSize:
@@ -120,6 +122,6 @@ def describe(found: DryRun) -> tuple[Table, list[str]]:
     rows = [micro.rows for rank in found.plan.micro_batches for micro in rank]
     return table, [
         summary(made.family.weights(made.model_config), made.modules),
-        f"a step of {len(found.plan.samples)} samples with a picture each: {found.tokens:,} tokens, "
+        f"a step of {len(found.plan.draws)} samples with a picture each: {found.tokens:,} tokens, "
         f"micro-batches of up to {max(rows):,} tokens, {found.flops / 1e12:,.1f} TFLOP; activations not counted",
     ]

@@ -138,7 +138,7 @@ class PartsSource:
 
     def __call__(self, shard: Shard) -> Tensor:
         """The numbers of a shard of a logical tensor."""
-        return self._rest(shard)
+        return self._owners.get(shard.name, self._rest)(shard)
 
     def __str__(self) -> str:
         """Where each part comes from, and what starts at random: modules, or parameters of one that has a source."""

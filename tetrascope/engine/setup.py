@@ -87,12 +87,16 @@ def prepare(config: Config, world: int | None) -> Setup:
 def blueprint(config: Config, world: int | None) -> Blueprint:
     """The same checks as far as they need no file: the model's sizes are those of `model.preset` or `model.config`.
 
+    What these leave to the tokenizer is taken from it when it is there.
+
     Raises UserError with the remedy.
     """
     family = get_family(config.model.family)
     raw = _merged(_preset(config, family), config.model.config or {})
     if not raw:
         raise UserError("model.preset: needed to know the model's sizes without its files; add it")
+    if config.data.tokenizer.is_dir():
+        raw = family.complete(raw, load_tokenizer(config.data.tokenizer))
     model_config = validated(family.config_class, raw, "model.config")
     return _blueprint(config, family, model_config, config.parallel.layout(world))
 
@@ -105,8 +109,9 @@ def _blueprint(config: Config, family: Family, model_config: Any, layout: Layout
     check_media_options(config.data, family)
     check_layout(family, model_config, layout, config.parallel.split)
     modules = family_modules(family, model_config, config.optimizer)
-    schedule = SCHEDULES[config.parallel.schedule](layout.pp, config.batch.micro_batches)
-    validate(schedule, config.batch.micro_batches)
+    micro_batches = config.batch.per_rank(layout.dp)
+    schedule = SCHEDULES[config.parallel.schedule](layout.pp, micro_batches)
+    validate(schedule, micro_batches)
     attention = pick_attention(config.kernels.attention)
     return Blueprint(config, family, model_config, layout, schedule, attention, modules)
 

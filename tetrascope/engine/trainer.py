@@ -22,7 +22,7 @@ from tetrascope.engine.data.loader import Loader, StepData
 from tetrascope.engine.lr import learning_rate
 from tetrascope.engine.metrics import MetricsLog
 from tetrascope.engine.modules import summary, trained
-from tetrascope.engine.plan import Planner, StepPlan
+from tetrascope.engine.plan import CostModel, Cursor, Planner, StepPlan
 from tetrascope.engine.setup import Setup
 from tetrascope.engine.step import forward_backward
 from tetrascope.engine.storage import from_rank_0
@@ -95,7 +95,8 @@ class Trainer:
         self.device = device_of_rank(config.train.device)
         self.dataset = Dataset(config.data, setup.family, setup.model_config, setup.tokenizer)
         infos = [sample.info for sample in self.dataset.samples]
-        planner = Planner(infos, config.train.seed, setup.layout, config.batch, config.data.shuffle)
+        cost = CostModel(setup.model_config, trained(setup.modules))
+        self.planner = Planner.single(infos, config.train.seed, setup.layout, config.batch, config.data.shuffle, cost)
         self._made_group = not dist.is_initialized()
         if self._made_group:
             dist.init_process_group("gloo" if self.device.type == "cpu" else "nccl")
@@ -106,10 +107,12 @@ class Trainer:
         )
         self.optimizer = build_optimizer(self.model, config.optimizer, self.device)
         self.loader = Loader(
-            self.dataset, planner, setup.family, setup.model_config, self.mesh, self.device, config.train.seed
+            self.dataset, self.planner, setup.family, setup.model_config, self.mesh, self.device, config.train.seed
         )
-        self.skipped: dict[int, str] = {}
+        self.skipped: dict[tuple[int, int], str] = {}
+        """Why samples (source, number) could not be read."""
         self.step_number = 0
+        self.cursor = Cursor()
 
     @property
     def checkpoints(self) -> Path:
@@ -133,6 +136,8 @@ class Trainer:
             source = self.setup.source()
             self.model.load(source, self.optimizer)
             return f"starting from {'random weights' if self.config.model.init_from is None else source}"
+        self.cursor = Cursor.from_json(read_state(found).get("cursor"), str(found))
+        self.planner.resume(self.cursor)
         self.step_number, fresh = load_checkpoint(found, self.model, self.optimizer)
         note = f"; {len(fresh)} tensors newly trained: their moments and Adam's step count start at zero"
         changed = _changed_order(found, self.config)
@@ -146,9 +151,7 @@ class Trainer:
         began = time.monotonic()
         data = self.loader.get(self.step_number, last)
         waited = time.monotonic() - began
-        good = self._drop_bad(data)
-        samples = self.dataset.samples
-        total_weight = float(sum(samples[i].info.supervised for i in good))
+        total_weight = data.plan.weight(self._drop_bad(data))
         if total_weight == 0:
             raise UserError(f"step {self.step_number + 1}: none of its samples could be read; check the images")
         self.optimizer.zero_grad()
@@ -157,40 +160,41 @@ class Trainer:
         lr = learning_rate(self.config.optimizer, self.step_number, self.config.train.steps)
         self.optimizer.step(lr, norm)
         dist.all_reduce(loss)
-        self.step_number += 1
+        self.step_number, self.cursor = self.step_number + 1, data.plan.after
         return self._stats(data.plan, loss.item(), norm.item(), lr, time.monotonic() - began, waited)
 
-    def _drop_bad(self, data: StepData) -> list[int]:
-        """Agrees with all ranks on the samples that could not be read, takes their weight, returns the others."""
+    def _drop_bad(self, data: StepData) -> frozenset[int]:
+        """Agrees with all ranks on the draws that could not be read, takes their weight, returns their places."""
         plan = data.plan
-        flags = torch.zeros(len(plan.samples), dtype=torch.int32, device=self.device)
-        for sample in data.failures:
-            flags[plan.place(sample)] = 1
+        flags = torch.zeros(len(plan.draws), dtype=torch.int32, device=self.device)
+        for place in data.failures:
+            flags[place] = 1
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        bad = {plan.samples[i] for i in flags.nonzero().flatten().tolist()}
+        bad = frozenset(flags.nonzero().flatten().tolist())
         if bad:
-            self._remember_reasons(data.failures)
+            self._remember_reasons(data)
         for batch, micro in zip(data.batches, plan.micro_batches[self.mesh.index("dp")], strict=True):
-            for place, sample in enumerate(micro.samples):
-                if sample in bad:
-                    _take_weight(batch, place)
+            for number, place in enumerate(micro.samples):
+                if place in bad:
+                    _take_weight(batch, number)
         if len(self.skipped) > self.config.data.max_bad_samples:
             raise UserError(
                 f"rank {self.mesh.rank}: {len(self.skipped)} samples could not be read, more than "
                 f"data.max_bad_samples={self.config.data.max_bad_samples}; last: {list(self.skipped.values())[-1]}. "
                 "Repair the images or raise the limit"
             )
-        return [sample for sample in plan.samples if sample not in bad]
+        return bad
 
-    def _remember_reasons(self, failures: dict[int, str]) -> None:
+    def _remember_reasons(self, data: StepData) -> None:
         """Tells all ranks why samples were skipped: only the ranks that decode them know."""
         of_ranks: list[dict[int, str]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(of_ranks, failures)
-        for reasons in of_ranks:
-            self.skipped.update(sorted(reasons.items()))
+        dist.all_gather_object(of_ranks, data.failures)
+        for place, reason in sorted(item for reasons in of_ranks for item in reasons.items()):
+            draw = data.plan.draws[place]
+            self.skipped[draw.source, draw.sample] = reason
 
     def _stats(self, plan: StepPlan, loss: float, norm: float, lr: float, seconds: float, waited: float) -> StepStats:
-        infos = [self.dataset.samples[i].info for i in plan.samples]
+        infos = [self.planner.info(draw) for draw in plan.draws]
         media = [one for info in infos for one in info.media]
         documents = [info.tokens for info in infos]
         vision, language = flops.training_flops(self.setup.model_config, media, documents, trained(self.setup.modules))
@@ -209,7 +213,8 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the steps taken so far."""
-        return save_checkpoint(self.checkpoints, self.step_number, self.model, self.optimizer, self.setup.describe())
+        state = {**self.setup.describe(), "cursor": self.cursor.to_json()}
+        return save_checkpoint(self.checkpoints, self.step_number, self.model, self.optimizer, state)
 
     def close(self) -> None:
         """Stops preparing data and leaves the process group, unless the caller made it."""
@@ -219,10 +224,12 @@ class Trainer:
 
 
 def _changed_order(checkpoint: Path, config: Config) -> str:
-    """A warning when the samples will not come in the order in which the checkpoint's run went through them."""
+    """A warning when the samples will not come in the order in which the checkpoint's run went through them.
+
+    The size of the batch is not part of that: the stream of samples goes on from the checkpoint's cursor.
+    """
     before = validated(Config, read_state(checkpoint)["config"], str(checkpoint))
     watched = {
-        "batch.samples": (before.batch.samples, config.batch.samples),
         "train.seed": (before.train.seed, config.train.seed),
         "data.train": (before.data.train, config.data.train),
         "data.shuffle": (before.data.shuffle, config.data.shuffle),
@@ -231,10 +238,10 @@ def _changed_order(checkpoint: Path, config: Config) -> str:
     return f"; note: {', '.join(changes)}: samples come in another order than before" if changes else ""
 
 
-def _take_weight(batch: MicroBatch, place: int) -> None:
-    """Nothing of a document counts in the loss any more."""
+def _take_weight(batch: MicroBatch, number: int) -> None:
+    """Nothing of a document, by its number in the micro-batch, counts in the loss any more."""
     offsets = batch.inputs.documents.offsets
-    batch.weights_T[offsets[place] : offsets[place + 1]] = 0
+    batch.weights_T[offsets[number] : offsets[number + 1]] = 0
 
 
 def train(setup: Setup, resume: bool) -> Outcome:

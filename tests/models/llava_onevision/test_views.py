@@ -33,7 +33,7 @@ def assembled(media: list[Media], features_FH: Tensor, newline_H: Tensor) -> Ten
     plan = layout(SIGLIP, 9, media)
     tokens = plan.picks_CV.shape[1]
     assert tokens == sum(one.tokens for one in media)
-    assert plan.positions_KN.shape == (1, len(features_FH))
+    assert plan.positions_KN.shape == (1, sum(one.features for one in media))
     inputs = VisionInputs(
         patches_NP=torch.empty(0),
         positions_KN=plan.positions_KN,
@@ -139,6 +139,13 @@ def test_images_and_videos_of_a_micro_batch_follow_each_other() -> None:
         assert torch.equal(part, assembled([one], own, newline))
     assert torch.equal(found[0], torch.cat((alone[0], newline[None])))
     assert torch.equal(found[3], alone[3])
+
+
+def test_features_of_padding_rows_are_not_the_newline() -> None:
+    # Under tensor parallelism rows are padded to divide, and every row gives a feature.
+    one, newline = single_media(SIGLIP, True, 10, 20), torch.randn(WIDTH)
+    features = torch.randn(one.features + 3, WIDTH)
+    assert torch.equal(assembled([one], features, newline), torch.cat((features[:-3], newline[None])))
 
 
 def test_places_count_anew_in_every_view() -> None:

@@ -29,6 +29,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "llava_onevision": ("untied", "tied"),
     "llava": ("published", "v2pe"),
     "internvl": ("qwen2", "internlm2", "v2pe"),
+    "longvila": ("untied", "tied", "linear"),
 }
 """The certificate's cases by family."""
 

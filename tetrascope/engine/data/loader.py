@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from tetrascope.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class StepData:
-    """A step's plan, this rank's micro-batches, and the samples whose images could not be decoded here."""
+    """A step's plan, this rank's micro-batches, and why images could not be decoded here, by draw (its place)."""
 
     plan: StepPlan
     batches: list[MicroBatch]
@@ -66,7 +65,7 @@ class Loader:
         failures: dict[int, str] = {}
         batches = []
         for micro in plan.micro_batches[self._mesh.index("dp")]:
-            documents = [self._document(sample, plan.epoch, failures.__setitem__) for sample in micro.samples]
+            documents = [self._document(plan, place, failures) for place in micro.samples]
             batches.append(
                 collate(
                     documents,
@@ -81,16 +80,18 @@ class Loader:
             )
         return StepData(plan, batches, failures)
 
-    def _document(self, number: int, epoch: int, failed: Callable[[int, str], None]) -> Document:
+    def _document(self, plan: StepPlan, place: int, failures: dict[int, str]) -> Document:
+        """A drawn sample, ready to be packed; a failure to read its images is noted under its place."""
+        number, epoch = plan.draws[place].sample, plan.draws[place].epoch
         sample = self._dataset.samples[number]
         patches = None
         if self._mesh.first_stage and sample.files:
             try:
                 patches = np.concatenate(self._dataset.patches(number))
             except BadMedia as error:
-                failed(number, str(error))
+                failures[place] = str(error)
                 patches = np.zeros((sample.info.patches, self._config.vision.patch_width), dtype=np.float32)
-        weights = sample.supervised_T.astype(np.float32)
+        weights = sample.supervised_T.astype(np.float32) * np.float32(plan.token_weight(place))
         draw = (self._seed, number, epoch)
         positions_AT = self._family.positions(self._config, sample.ids_T, sample.info.media, draw)
         return Document(sample.ids_T, positions_AT, weights, sample.info.media, patches)

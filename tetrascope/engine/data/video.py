@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias, TypeGuard
 
 import av
 from av.container import InputContainer
@@ -24,7 +24,7 @@ from PIL import Image
 
 from tetrascope.errors import UserError
 
-Source: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
+Source: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | BinaryIO"
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -48,7 +48,8 @@ def probe(source: Source, *, fps: float = 1.0, at_least: int = 1) -> VideoInfo:
     """Frame count, rate and size of a video, from its header, or from its packets where the header has no count.
 
     Args:
-        source: a video file, a folder of pictures (in natural order: 2.png before 10.png) or a list of picture files.
+        source: a video file (a path, or open and seekable), a folder of pictures (in natural order: 2.png before
+            10.png) or a list of picture files.
         fps: frames per second of a folder or list of pictures; a video file has its own.
         at_least: the number of frames the caller needs.
 
@@ -108,6 +109,8 @@ def decode(source: Source, numbers: Sequence[int]) -> list[Image.Image]:
 
 def _pictures(source: Source) -> list[Path] | None:
     """The picture files that make up the video; None if it is one video file."""
+    if hasattr(source, "read"):
+        return None
     if not isinstance(source, (str, os.PathLike)):
         return [Path(path) for path in source]
     folder = Path(source)
@@ -135,7 +138,13 @@ def _read_pictures(source: Source, pictures: list[Path], numbers: Sequence[int])
     return found
 
 
+def _is_open(source: Source) -> TypeGuard[BinaryIO]:
+    return hasattr(source, "read")
+
+
 def _name(source: Source) -> str:
+    if hasattr(source, "read"):
+        return "in memory"
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     return f"of {len(source)} pictures from {source[0]}" if len(source) else "of no pictures"
@@ -145,7 +154,9 @@ def _name(source: Source) -> str:
 
 
 def _open(path: Source) -> tuple[InputContainer, VideoStream]:
-    container = av.open(_name(path), mode="r")
+    if _is_open(path):
+        path.seek(0)
+    container = av.open(path if _is_open(path) else _name(path), mode="r")
     if not container.streams.video:
         container.close()
         raise UserError(f"{_name(path)} has no video stream; give a video file, a folder of pictures or a list of them")

@@ -13,6 +13,9 @@ import numpy as np
 
 from tetrascope.engine.plan.cost import Cost
 
+PARTNERS = 8
+"""How many of the least loaded groups are tried for a swap with the most loaded one."""
+
 ROUNDS = 8
 """Swaps, for each group, before evening out ends for certain; it usually ends itself much earlier."""
 
@@ -56,24 +59,28 @@ def even_out(
     for _ in range(ROUNDS * len(groups)):
         heavy, kind = divmod(int(load_G2.argmax()), 2)
         peak = load_G2[heavy, kind]
-        for light in np.argsort(load_G2[:, kind], kind="stable").tolist():
+        for light in np.argsort(load_G2[:, kind], kind="stable")[:PARTNERS].tolist():
             if light == heavy or load_G2[light, kind] >= peak:
                 continue
-            moved = share_P2[groups[heavy]][:, None] - share_P2[groups[light]][None]  # [heavy, light, kind]
-            worst = np.maximum((load_G2[heavy] - moved).max(-1), (load_G2[light] + moved).max(-1))
+            worst = np.full((len(groups[heavy]), len(groups[light])), -np.inf)  # load after each swap
+            for k in range(2):
+                moved = np.subtract.outer(share_P2[groups[heavy], k], share_P2[groups[light], k])
+                np.maximum(worst, load_G2[heavy, k] - moved, out=worst)
+                np.maximum(worst, load_G2[light, k] + moved, out=worst)
             if tokens_P is not None:
-                grown = tokens_P[groups[heavy]][:, None] - tokens_P[groups[light]][None]
+                grown = np.subtract.outer(tokens_P[groups[heavy]], tokens_P[groups[light]])
                 fits = (tokens_G[light] + grown <= capacity) & (tokens_G[heavy] - grown <= capacity)
                 worst = np.where(fits, worst, np.inf)
             a, b = divmod(int(worst.argmin()), len(groups[light]))
             if worst[a, b] >= peak - 1e-9:
                 continue
-            groups[heavy][a], groups[light][b] = groups[light][b], groups[heavy][a]
-            load_G2[heavy] -= moved[a, b]
-            load_G2[light] += moved[a, b]
+            given, taken = groups[heavy][a], groups[light][b]
+            groups[heavy][a], groups[light][b] = taken, given
+            load_G2[heavy] += share_P2[taken] - share_P2[given]
+            load_G2[light] += share_P2[given] - share_P2[taken]
             if tokens_P is not None:
-                tokens_G[heavy] -= grown[a, b]
-                tokens_G[light] += grown[a, b]
+                tokens_G[heavy] += tokens_P[taken] - tokens_P[given]
+                tokens_G[light] += tokens_P[given] - tokens_P[taken]
             break
         else:
             return

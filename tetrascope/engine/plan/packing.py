@@ -5,17 +5,20 @@ Samples are never cut. What does not fit waits for the next step, and the older 
 1. Samples that have waited `PATIENCE` steps come first, oldest first, each into the first pack with room.
 2. The oldest others follow, up to almost the whole budget: pictures and videos, heaviest first, to the pack with the
    least vision work; then text, longest first, to the pack with the least decoder work.
-3. The youngest fill what room is left, longest first.
+3. The youngest fill what room is left, longest first; then samples are exchanged for longer ones that were left over,
+   where that fills a pack better.
 
-No sample waits more than `LONGEST_WAIT` steps. One that is in its turn for rule 1 and finds no place leaves every two
-packs with more than one pack's tokens of older ones between them (else the second would have been put into the
-first), and at least one older sample is placed. All that is older was in the pool, which holds at most
-`pool_target` + one pack, less than 2.02 budgets + 2 packs, or 4.1 budgets when there is a single pack. It is gone
-after at most 8.2 + 1 steps of half a budget.
+No sample waits more than `LONGEST_WAIT` steps. Let x be in its turn for rule 1 and find no place, for lack of room
+that older samples took. First fit leaves any two packs with more than one pack's tokens between them, so that these
+older samples come to more than floor(M/2) of M packs; with a single pack, those of two steps in a row come to more
+than one pack, since the oldest that found no place in the first is placed in the second. All of them were in the pool
+when x was, which never holds more than 1.05 M + 2 packs. So x finds no place in at most 7 steps (M = 1; in 5 with
+more packs).
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +30,7 @@ from tetrascope.engine.plan.cost import Cost
 PATIENCE = 4
 """Steps after which a sample that waits goes before all younger ones."""
 
-LONGEST_WAIT = PATIENCE + 10
+LONGEST_WAIT = PATIENCE + 7
 """No sample waits more steps than this."""
 
 OWN_SHARE = 0.99
@@ -35,6 +38,12 @@ OWN_SHARE = 0.99
 
 GOOD_FILL = 0.98
 """Below this, filling the packs goes before spreading the work."""
+
+SMALL_GAP = 0.002
+"""Part of a pack that is not worth an exchange."""
+
+DECODER_SAY = 0.25
+"""How much the decoder's load counts when a picture is placed."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,8 @@ class Item:
 
 
 def pool_target(packs: int, capacity: int) -> int:
-    """Tokens that the pool must exceed, so that there is a choice: 1 % of the budget, and one pack."""
-    return packs * capacity * 101 // 100 + capacity
+    """Tokens that the pool must exceed: the budget and, for a choice, 5 % of it and one pack."""
+    return packs * capacity * 105 // 100 + capacity
 
 
 def pack(items: Sequence[Item], step: int, packs: int, capacity: int) -> list[list[int]]:
@@ -62,14 +71,16 @@ def pack(items: Sequence[Item], step: int, packs: int, capacity: int) -> list[li
     own, young = _by_age(items, set(overdue), OWN_SHARE * packs * capacity)
     table = _Packs(items, packs, capacity)
     table.place_all(overdue, table.first)
-    spread, text = _kinds(items, own)
-    table.place_all(spread, table.least_vision)
+    visual, text = _kinds(items, own)
+    table.place_all(visual, table.least_vision)
     table.place_all(text, table.least_decoder)
     table.place_all(_longest_first(items, [*table.left(own), *young]), table.least_decoder)
+    table.top_up(set(overdue))
     if table.filled < GOOD_FILL:
         tight = _Packs(items, packs, capacity)
         tight.place_all(overdue, tight.first)
-        tight.place_all(_longest_first(items, [i for i in range(len(items)) if i not in set(overdue)]), tight.fullest)
+        tight.place_all(_longest_first(items, tight.left(range(len(items)))), tight.fullest)
+        tight.top_up(set(overdue))
         table = tight if tight.filled > table.filled else table
     tokens = np.array([item.tokens for item in items], dtype=np.int64)
     even_out(table.packs, table.share_I2, tokens, capacity)
@@ -87,7 +98,9 @@ def spread(items: Sequence[Item], packs: int) -> list[list[int]]:
     for numbers, choose in ((visual, table.least_vision), (text, table.least_decoder)):
         for number in numbers:
             empty = [p for p, members in enumerate(table.packs) if not members]
-            table.put(number, empty[0] if len(empty) >= waiting else choose(number))
+            chosen = empty[0] if len(empty) >= waiting else choose(number)
+            if chosen is not None:  # always: there is room for all
+                table.put(number, chosen)
             waiting -= 1
     even_out(table.packs, table.share_I2)
     return [sorted(members) for members in table.packs]
@@ -119,12 +132,37 @@ class _Packs:
             if chosen is not None:
                 self.put(number, chosen)
 
-    def put(self, number: int, chosen: int | None) -> None:
+    def put(self, number: int, chosen: int) -> None:
         self.packs[chosen].append(number)
         self._placed.add(number)
         self._tokens[chosen] += self._items[number].tokens
         self._decoder[chosen] += self.share_I2[number, 0]
         self._vision[chosen] += self.share_I2[number, 1]
+
+    def _take(self, number: int, pack: int) -> None:
+        self.packs[pack].remove(number)
+        self._placed.remove(number)
+        self._tokens[pack] -= self._items[number].tokens
+        self._decoder[pack] -= self.share_I2[number, 0]
+        self._vision[pack] -= self.share_I2[number, 1]
+
+    def top_up(self, fixed: set[int]) -> None:
+        """Exchanges items, but for the fixed ones, for longer ones that were left over, as long as there is a gap."""
+        out = sorted((self._items[i].tokens, i) for i in self.left(range(len(self._items))))
+        for pack in range(len(self.packs)):
+            while (gap := self._capacity - int(self._tokens[pack])) > SMALL_GAP * self._capacity and out:
+                best = (0, 0, -1)  # tokens gained, place in `out`, what goes out for it (-1: nothing)
+                for length, inside in [(0, -1), *((self._items[i].tokens, i) for i in self.packs[pack])]:
+                    place = bisect.bisect_right(out, (length + gap, len(self._items))) - 1
+                    if place >= 0 and inside not in fixed:
+                        best = max(best, (out[place][0] - length, place, inside))
+                gained, place, inside = best
+                if gained <= 0:
+                    break
+                self.put(out.pop(place)[1], pack)
+                if inside >= 0:
+                    self._take(inside, pack)
+                    bisect.insort(out, (self._items[inside].tokens, inside))
 
     def first(self, number: int) -> int | None:
         """The first pack with room for an item."""
@@ -146,10 +184,6 @@ class _Packs:
         room = self._tokens <= self._capacity - self._items[number].tokens
         chosen = int(np.where(room, score, np.inf).argmin())
         return chosen if room[chosen] else None
-
-
-DECODER_SAY = 0.25
-"""How much the decoder's load counts when a picture is placed."""
 
 
 def _by_age(items: Sequence[Item], taken: set[int], budget: float) -> tuple[list[int], list[int]]:

@@ -181,7 +181,9 @@ class Planner:
         places = {number: place for place, number in enumerate(taken)}
         draws = tuple(items[number][1] for number in taken)
         share_I2 = shares([item.cost for item, _ in items], 1)
-        costs = [Cost(*(math.fsum(share_I2[list(members), kind]) for kind in (0, 1))) for members in packs]
+        costs = [
+            Cost(math.fsum(share_I2[list(members), 0]), math.fsum(share_I2[list(members), 1])) for members in packs
+        ]
         planned = [
             MicroBatchPlan(tuple(places[i] for i in members), self._rows(sum(items[i][0].tokens for i in members)))
             for members in packs

@@ -22,8 +22,9 @@ class Figures:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A plan's figures, and those of its samples packed first-fit in the order of arrival and dealt to the ranks in
-    turn. Where the global batch is counted in samples, a micro-batch may have as many tokens as the longest one."""
+    """A plan's figures, and those of its samples packed first-fit in the order of arrival, into as many packs as it
+    takes (the last of which is seldom full), and dealt to the ranks in turn. Where the global batch is counted in
+    samples, a micro-batch may have as many tokens as the longest one."""
 
     planned: Figures
     naive: Figures
@@ -40,7 +41,6 @@ def report(planner: Planner, plan: StepPlan) -> PlanReport:
         naive = [list(range(number, len(tokens), packs)) for number in range(packs)]
     else:
         naive = _first_fit(tokens, planner.batch.pack)
-        naive += [[] for _ in range(-len(naive) % ranks)]
     return PlanReport(
         _figures(dealt, tokens, costs, planner.batch.pack),
         _figures([naive[rank::ranks] for rank in range(ranks)], tokens, costs, planner.batch.pack),

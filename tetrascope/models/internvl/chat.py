@@ -77,8 +77,7 @@ class InternVLChat:
 
 def chat_of_template(config: InternVLConfig, tokenizer: Any) -> InternVLChat:
     """The format that the checkpoint names; where it names none, the one usual for its decoder."""
-    usual = "internlm2-chat" if config.decoder.kind == "internlm2" else "internvl2_5"
-    return InternVLChat(TEMPLATES.get(config.template, usual), config, tokenizer)
+    return InternVLChat(TEMPLATES[config.chat_template], config, tokenizer)
 
 
 CHATS = {

@@ -80,6 +80,11 @@ class InternVLConfig:
     rope_scaling_factor: float = 0.0
 
     @property
+    def chat_template(self) -> str:
+        """The checkpoint's chat format, the usual one where it names none."""
+        return self.template or ("internlm2-chat" if self.decoder.kind == "internlm2" else "internvl2_5")
+
+    @property
     def tile_tokens(self) -> int:
         """Visual tokens of a tile."""
         return (self.vision.side // SHUFFLE) ** 2

@@ -68,9 +68,6 @@ def _from_opengvlab(raw: dict[str, Any]) -> InternVLConfig:
     kind = LANGUAGE_MODELS[names[0]]
     _demand(llm, "llm_config.", {"bias": False})
     decoder, rope_factor = _decoder(llm, "llm_config.", kind, _tied(raw, llm))
-    version = raw.get("rope_pos_id_version", llm.get("rope_pos_id_version")) or "default"
-    stride = raw.get("rope_pos_id_stride", llm.get("rope_pos_id_stride")) or 256
-    dynamic = raw.get("dynamic_image_size", True)
     return InternVLConfig(
         decoder=decoder,
         vision=_vision(vision, "vision_config."),
@@ -78,15 +75,10 @@ def _from_opengvlab(raw: dict[str, Any]) -> InternVLConfig:
         image_token_id=raw.get("img_context_token_id", decoder.vocab - 7),
         eos_token_id=_end_of_turn(llm, kind, decoder.vocab),
         pad_token_id=_pad(llm, kind, decoder.vocab),
-        positions=PositionRule(version, int(stride)),
-        min_tiles=raw.get("min_dynamic_patch", 1) if dynamic else 1,
-        max_tiles=raw.get("max_dynamic_patch", 6) if dynamic else 1,
-        thumbnail=raw.get("use_thumbnail", False),
-        template=raw.get("template") or "",
-        system_message=raw.get("system_message"),
         initializer_range=llm.get("initializer_range", 0.02),
         max_positions=llm.get("max_position_embeddings", 32768),
         rope_scaling_factor=rope_factor,
+        **_use({"max_dynamic_patch": 6, "use_thumbnail": False} | llm | raw),  # V2PE's fields may lie in either
     )
 
 
@@ -127,11 +119,41 @@ def _from_transformers(raw: dict[str, Any]) -> InternVLConfig:
         image_token_id=raw.get("image_token_id", 151667),
         eos_token_id=_end_of_turn(text, kind, decoder.vocab),
         pad_token_id=_pad(text, kind, decoder.vocab),
-        template="internvl2_5",
         initializer_range=text.get("initializer_range", 0.02),
         max_positions=text.get("max_position_embeddings", 32768),
         rope_scaling_factor=rope_factor,
+        **_use({"max_dynamic_patch": 12, "use_thumbnail": True, "template": "internvl2_5"} | raw),
     )
+
+
+def _use(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """How pictures, conversations and positions are made: OpenGVLab's fields, which we also put into transformers'
+    form, where they mean nothing to transformers. The fields of V2PE are named as its scripts' arguments."""
+    dynamic = raw.get("dynamic_image_size", True)
+    version = raw.get("rope_pos_id_version") or "default"
+    return {
+        "positions": PositionRule(version, int(raw.get("rope_pos_id_stride") or 256)),
+        "min_tiles": raw.get("min_dynamic_patch", 1) if dynamic else 1,
+        "max_tiles": raw["max_dynamic_patch"] if dynamic else 1,
+        "thumbnail": raw["use_thumbnail"],
+        "template": raw.get("template") or "",
+        "system_message": raw.get("system_message"),
+    }
+
+
+def _to_use(config: InternVLConfig) -> dict[str, Any]:
+    """The inverse of `_use`."""
+    fields: dict[str, Any] = {
+        "dynamic_image_size": config.max_tiles > 1,
+        "min_dynamic_patch": config.min_tiles,
+        "max_dynamic_patch": config.max_tiles,
+        "use_thumbnail": config.thumbnail,
+        "template": config.chat_template,
+        "system_message": config.system_message,
+    }
+    if config.positions.rule != "default":
+        fields |= {"rope_pos_id_version": config.positions.rule, "rope_pos_id_stride": config.positions.stride}
+    return fields
 
 
 def _tied(raw: Mapping[str, Any], llm: Mapping[str, Any]) -> bool:
@@ -219,7 +241,7 @@ def to_opengvlab(config: InternVLConfig, dtype: str) -> dict[str, Any]:
         llm["rope_scaling"] = {"type": "dynamic", "factor": config.rope_scaling_factor}
     if d.kind == "internlm2":
         llm["bias"] = False
-    content: dict[str, Any] = {
+    return {
         "architectures": ["InternVLChatModel"],
         "auto_map": {
             "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
@@ -229,17 +251,12 @@ def to_opengvlab(config: InternVLConfig, dtype: str) -> dict[str, Any]:
         "model_type": "internvl_chat",
         "torch_dtype": dtype,
         "downsample_ratio": 0.5,
-        "dynamic_image_size": config.max_tiles > 1,
         "force_image_size": v.image,
         "img_context_token_id": config.image_token_id,
-        "min_dynamic_patch": config.min_tiles,
-        "max_dynamic_patch": config.max_tiles,
-        "use_thumbnail": config.thumbnail,
         "pad2square": False,
         "ps_version": "v2",
         "select_layer": -1,
-        "template": config.template,
-        "system_message": config.system_message,
+        **_to_use(config),
         "tie_word_embeddings": d.tied_embeddings,
         "llm_config": llm,
         "vision_config": {
@@ -262,10 +279,6 @@ def to_opengvlab(config: InternVLConfig, dtype: str) -> dict[str, Any]:
             "attention_dropout": 0.0,
         },
     }
-    if config.positions.rule != "default":
-        content["rope_pos_id_version"] = config.positions.rule
-        content["rope_pos_id_stride"] = config.positions.stride
-    return content
 
 
 def to_transformers(config: InternVLConfig, dtype: str) -> dict[str, Any]:
@@ -285,6 +298,7 @@ def to_transformers(config: InternVLConfig, dtype: str) -> dict[str, Any]:
         "projector_hidden_act": "gelu",
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default",
+        **_to_use(config),
         "text_config": _text(config, dtype)
         | {
             "model_type": "qwen2" if d.kind == "qwen2" else "llama",

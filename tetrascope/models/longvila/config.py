@@ -135,6 +135,10 @@ class LongVilaConfig:
             raise UserError(f"model.config.projector: {self.projector!r} must be one of {', '.join(PROJECTORS)}")
         if self.token_order not in ("rows", "columns"):
             raise UserError(f"model.config.token_order: {self.token_order!r} must be 'rows' or 'columns'")
+        if self.token_order == "columns" and not self.downsample:
+            raise UserError(
+                f"model.config.token_order: the projector {self.projector} has no order but 'rows'; remove it"
+            )
         if self.frames < 1:
             raise UserError(f"model.config.frames: {self.frames} must be greater than 0")
         if not 0 <= self.image_token_id < d.vocab:

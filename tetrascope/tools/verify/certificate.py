@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from tetrascope.tools.verify.case import Case, Numbers
@@ -111,24 +112,22 @@ def _labels(row: Row) -> tuple[str, int, str]:
 def table(family: str, verdicts: list[Verdict]) -> Table:
     """The certificate for the terminal."""
     title = f"{family} against transformers in one process, fp32: logits, loss, gradients, weights after 3 AdamW steps"
-    out = Table(title=title)
-    for column in ("layout", "head", "m", "schedule", "logits", "loss"):
+    out = Table(title=title, box=SIMPLE, padding=(0, 1))
+    for column in ("case", "layout", "m", "schedule", "logits", "loss", "grads", "weights", "verdict"):
         out.add_column(column, no_wrap=True)
-    for column in ("worst gradient error", "worst weight error"):
-        out.add_column(column, overflow="fold")
-    out.add_column("verdict", no_wrap=True)
     for v in verdicts:
+        errors = (v.logit_error, v.loss_error, v.gradient_error, v.weight_error)
         out.add_row(
-            v.layout,
             v.case,
+            v.layout,
             str(v.micro_batches),
             v.schedule,
-            f"{v.logit_error:.1e}",
-            f"{v.loss_error:.1e}",
-            f"{v.gradient_error:.1e}  {v.gradient_name}",
-            f"{v.weight_error:.1e}  {v.weight_name}",
+            *(f"{error:.1e}" for error in errors),
             "[green]equal[/green]" if v.passed else "[red]FAILED[/red]",
         )
     bounds = {"logits": LOGIT_BOUND, "loss": LOSS_BOUND, "gradients": GRADIENT_BOUND, "weights": WEIGHT_BOUND}
     out.caption = "bounds: " + ", ".join(f"{what} {bound:.0e}" for what, bound in bounds.items())
+    gradient = max(verdicts, key=lambda v: v.gradient_error)
+    weight = max(verdicts, key=lambda v: v.weight_error)
+    out.caption += f"\nlargest gradient error: {gradient.gradient_name}\nlargest weight error: {weight.weight_name}"
     return out

@@ -30,13 +30,13 @@ from tetrascope.tools.verify.case import Case, Numbers
 def planner(case: Case, layout: Layout, micro_batches: int) -> Planner:
     """The engine's planner over the case's samples."""
     infos = [SampleInfo(len(d.ids_T), int((d.weights_T[1:] > 0).sum()), d.media) for d in case.documents]
-    return Planner(infos, 0, layout, BatchSection(samples=case.batch, micro_batches=micro_batches))
+    return Planner.single(infos, 0, layout, BatchSection(samples=case.batch, micro_batches=micro_batches))
 
 
 def global_batches(case: Case) -> list[list[Document]]:
     """The samples of each step, which no layout changes."""
     one = planner(case, Layout(), 1)
-    return [[case.documents[i] for i in one.plan(step).samples] for step in range(case.steps)]
+    return [[case.documents[draw.sample] for draw in one.plan(step).draws] for step in range(case.steps)]
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,11 @@ def run_layout(
     gradients: list[Shard] = []
     for step in range(case.steps):
         plan = plans.plan(step)
-        total = float(sum(case.documents[i].weights_T[1:].sum() for i in plan.samples))
+        documents = [case.documents[draw.sample] for draw in plan.draws]
+        total = float(sum(document.weights_T[1:].sum() for document in documents))
         batches = [
             collate(
-                [case.documents[i] for i in micro.samples],
+                [documents[place] for place in micro.samples],
                 family,
                 case.config,
                 micro.rows,
@@ -131,8 +132,8 @@ def _logits_by_sample(
     found = []
     for micro, batch, out in zip(plan.micro_batches[mesh.index("dp")], batches, outputs, strict=False):
         offsets = batch.inputs.documents.offsets
-        for i, sample in enumerate(micro.samples):
-            found.append((plan.place(sample), first, out[offsets[i] : offsets[i + 1]].clone()))
+        for i, place in enumerate(micro.samples):
+            found.append((place, first, out[offsets[i] : offsets[i + 1]].clone()))
     return found
 
 

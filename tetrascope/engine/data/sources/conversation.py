@@ -15,8 +15,8 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 """Speakers of LLaVA-style conversations, and ours."""
 
 KINDS = ("image", "video")
-Resolve = Callable[[str], str]
-"""A path that a row names -> where it lies."""
+Resolve = Callable[[str], "str | Blob"]
+"""A path that a row names -> where it lies: a path or URL, or the bytes in an archive."""
 
 
 def record(row: Any, fallback: str, resolve: Resolve) -> Record:
@@ -73,7 +73,11 @@ def _without_seams(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _message(
     message: Any, name: str, listed: dict[str, list[Any]], files: list[MediaFile], resolve: Resolve
 ) -> dict[str, Any]:
-    """A message in the engine's form; its files are appended to `files`."""
+    """A message in the engine's form; its files are appended to `files`.
+
+    A part of another type than image or video that names a file keeps its type. The file's name is all that is left of
+    it in the part: bytes are in `files`.
+    """
     if not isinstance(message, dict):
         raise BadSample("bad json", f"{name}: message {message!r} must be an object with role and content")
     content = message.get("content")
@@ -92,7 +96,8 @@ def _message(
                 raise BadSample("bad json", f'{name}: "{kind}" is None; expected the path of a file')
             value = listed[kind].pop(0)
         files.append(_file(kind, value, part.get("fps", 1.0), name, resolve))
-        parts.append({key: held for key, held in part.items() if key not in (kind, f"{kind}_url")})
+        kept = {key: held for key, held in part.items() if key != f"{kind}_url"}
+        parts.append({**kept, kind: str(files[-1].blobs[0])})
     return {"role": message.get("role"), "content": parts}
 
 
@@ -101,7 +106,7 @@ def _kind(part: Any) -> str | None:
     if not isinstance(part, dict):
         return None
     for kind in KINDS:
-        if part.get("type") in (kind, f"{kind}_url") or kind in part:
+        if part.get("type") in (kind, f"{kind}_url") or part.get(kind) is not None:
             return kind
     return None
 
@@ -129,7 +134,8 @@ def _blob(kind: str, value: Any, name: str, resolve: Resolve) -> Blob:
         raise BadSample("bad json", f'{name}: "{kind}" is {value!r}; expected the path of a file')
     if value.startswith("data:"):
         return Blob(f"{kind} in {name}", data=_data_url(value, name))
-    return Blob(resolve(value))
+    found = resolve(value)
+    return found if isinstance(found, Blob) else Blob(found)
 
 
 def _data_url(value: str, name: str) -> bytes:

@@ -55,7 +55,7 @@ class JsonRows:
             row = json.loads(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise BadSample("bad json", f"{self._url}:{line}: is not UTF-8 ({error}); save it as UTF-8") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample("bad json", f"{self._url}:{line}: not valid JSON ({error})") from error
         return self._record(row, f"line {line}")
 
@@ -79,9 +79,7 @@ def _json_list(path: Path) -> list[Any] | None:
         try:
             rows = json.load(file)
         except ValueError as error:
-            raise UserError(
-                f"data: {path} is no JSON list ({error}); lines of JSON need the suffix .jsonl"
-            ) from error
+            raise UserError(f"data: {path} is no JSON list ({error}); lines of JSON need the suffix .jsonl") from error
     return list(rows)
 
 

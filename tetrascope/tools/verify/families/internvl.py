@@ -3,8 +3,8 @@
 transformers has no InternLM2 and no V2PE, so internvl_reference.py computes both from the papers' equations. What the
 two oracles share (encoder, pixel shuffle, adaptor) is thereby checked against transformers and against the equations.
 
-Tiles have 4 x 4 patches, hence 4 visual tokens. Matrices are scaled as in the case of Qwen2-VL; besides, the position
-table and the class token are large enough to matter beside the patches, and LayerScale does not hide the branches.
+Tiles have 4 x 4 patches, hence 4 visual tokens. Matrices are scaled as in the case of Qwen2-VL, those of the encoder
+more; besides, position table and class token matter beside the patches, and LayerScale does not hide the branches.
 """
 
 from __future__ import annotations
@@ -163,13 +163,22 @@ def pixels_of(config: InternVLConfig, document: Document) -> Tensor | None:
 
 
 def _scale(model: torch.nn.Module) -> None:
-    """Weights on which mistakes show."""
+    """Weights on which mistakes show.
+
+    The encoder's blocks must weigh as much as the patches that they are added to, or their norms' gradients are so
+    small that three steps move them by a few thousand units of rounding, and one unit looks like an error: hence small
+    patches and larger matrices.
+    """
     with torch.no_grad():
         for name, param in model.named_parameters():
             if any(part in name for part in ("cls_token", "class_emb", "position_emb")):
-                param.normal_(0, 0.5)
+                param.normal_(0, 0.3)
             elif any(part in name for part in ("lambda_", ".ls1", ".ls2")):
-                param.normal_(0.5, 0.1)
+                param.normal_(1, 0.1)
+            elif "patch_embedding" in name:
+                param.mul_(0.5) if param.ndim > 1 else param.normal_(0, 0.1)
+            elif param.ndim > 1 and "encoder" in name:
+                param.mul_(2 * WEIGHT_SCALE)
             elif param.ndim > 1 and "embed_tokens" not in name and "tok_embeddings" not in name:
                 param.mul_(WEIGHT_SCALE)
             elif param.ndim == 1:

@@ -5,8 +5,9 @@ transformers has no VILA; VILA itself is these two models with a projector betwe
 embeddings one after another, so that nothing is shared with tetrascope/models. Positions are counted token by token.
 
 Frames have 3 x 3 patches, padded to 4 x 4, hence 4 features; the picture's last pixels belong to no patch. Matrices are
-scaled up, since default-initialised attention is flat and blind to positions: the decoder's and projector's by 6,
-SigLIP's, which transformers initialises wider, by 2; its position table is large enough to matter beside the patches.
+scaled up, since default-initialised attention is flat and blind to positions: the decoder's and projector's by 5,
+SigLIP's, which transformers initialises wider, by 1.5; its position table is large enough to matter beside the patches.
+With 6 and 3 the softmax of one layer after another magnifies rounding to more than 1e-5 of a gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tetrascope.models.longvila.config import LongVilaConfig, LongVilaDecoder, L
 from tetrascope.models.media import Media
 from tetrascope.tools.verify.case import KEY_BIASES, OPTIMIZER, Case, Numbers, tensor_options, train_reference
 
-WEIGHT_SCALE, VISION_SCALE = 6.0, 2.0
+WEIGHT_SCALE, VISION_SCALE = 5.0, 1.5
 IMAGE, NEWLINE, EOS, PAD = range(4)
 V2PE_STRIDE = 72
 """Four tokens of a frame span 288/256 of a token: text after it must round up."""
@@ -150,6 +151,8 @@ class Reference(nn.Module):
             num_key_value_heads=d.kv_heads,
             rope_parameters={"rope_type": "default", "rope_theta": d.rope_theta},
             tie_word_embeddings=d.tied_embeddings,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
         )
         siglip._attn_implementation = qwen2._attn_implementation = "eager"
         self.vision_tower = SiglipVisionModel(siglip)
@@ -264,13 +267,13 @@ def oracle(config: LongVilaConfig) -> Reference:
 
 def variants() -> dict[str, Case]:
     """The cases of the certificate: a head of its own, as in 7B; a tied one, as in 1.5B, there with the old order of
-    tokens, fractions of a position and an unused pooling head; and the projectors that do not group patches."""
+    tokens, fractions of a position and an unused pooling head; and the projector of one linear, which no other family
+    has. That of two row by row is divided as LLaVA's."""
     v2pe = PositionRule("v2pe_fix", V2PE_STRIDE)
     return {
         "untied": make_case(),
         "tied": make_case(tiny_config(order="columns", rule=v2pe, tied=True, pooling_head=True)),
         "linear": make_case(tiny_config("linear")),
-        "mlp2x_gelu": make_case(tiny_config("mlp2x_gelu")),
     }
 
 

@@ -1,0 +1,228 @@
+"""The sources of a run, opened and indexed: sample by number, ready for a step.
+
+An index is made once for a source and its settings, by several processes where it is large, and kept in a file that
+all ranks and later runs read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from tetrascope.engine.config import DataSection, SourceSection
+from tetrascope.engine.data.encode import Encoded, Encoder, part_of
+from tetrascope.engine.data.index import Bad, Index, build_index, fingerprint, index_rows, load_index
+from tetrascope.engine.data.reader import MediaReader
+from tetrascope.engine.data.sources import open_source
+from tetrascope.engine.data.sources.base import BadSample, Record, Source
+from tetrascope.engine.data.store import Store, StoreOptions, is_remote
+from tetrascope.engine.data.tokenizer import load_tokenizer, tokenizer_files
+from tetrascope.engine.plan import SourceIndex
+from tetrascope.errors import UserError
+from tetrascope.models.family import Family, get_family
+from tetrascope.models.media import MEDIA_OPTIONS
+
+CHUNK = 256
+"""Records that a worker indexes at a time."""
+
+FEW = 2048
+"""Up to so many records, starting processes costs more than it saves."""
+
+Progress = Callable[[str, int, int], None]
+"""Source name, records indexed so far, records in all."""
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """An opened source: its samples and how they are encoded."""
+
+    section: SourceSection
+    source: Source
+    encoder: Encoder
+
+    def sample(self, index: Index, place: int) -> tuple[Record, Encoded]:
+        """An indexed sample, encoded anew. Raises BadSample when it is no longer what the index says."""
+        row = index.row(place)
+        record = part_of(self.source.record(row.number), row.first, row.last)
+        found = self.encoder.encode(record)
+        if (len(found.ids_T), found.targets, found.media) != (row.info.tokens, row.info.supervised, row.info.media):
+            raise BadSample("changed", f"sample {record.name}: is not what it was when it was indexed; index it again")
+        return record, found
+
+
+def open_part(section: SourceSection, options: DataSection, family: Family, config: Any, tokenizer: Any) -> DataPart:
+    """Opens a source. Raises UserError when it cannot be read."""
+    store_options = StoreOptions(**options.store.model_dump())
+    root = section.root or _folder(section.path)
+    source = open_source(section.path, section.format, Store(root, store_options), section.options)
+    own = options.model_copy(update={key: value for key, value in section.media().items() if value is not None})
+    chat = family.chats[section.chat or options.chat or next(iter(family.chats))](config, tokenizer)
+    reader = MediaReader(
+        family.media(config, own), Store(None, store_options), config.vision.patch, own.min_frames, own.max_image_pixels
+    )
+    return DataPart(section, source, Encoder(family, config, chat, reader))
+
+
+def _folder(path: str) -> str:
+    """The folder of a source's file: relative paths are taken from it, and none may lead out of it."""
+    return path.rsplit("/", 1)[0] if is_remote(path) else str(Path(path).absolute().parent)
+
+
+class Mixture:
+    """All sources of a run.
+
+    Raises UserError when one cannot be read, when too many of its samples cannot be used, or none can.
+    """
+
+    def __init__(
+        self,
+        options: DataSection,
+        family: Family,
+        config: Any,
+        tokenizer: Any,
+        index_dir: Path,
+        progress: Progress | None = None,
+    ) -> None:
+        self.options = options
+        self.parts = [open_part(section, options, family, config, tokenizer) for section in options.all_sources()]
+        self.indexes = [
+            open_index(part, options, family, config, options.index_dir or index_dir, progress) for part in self.parts
+        ]
+        for part, index in zip(self.parts, self.indexes, strict=True):
+            check_bad(part.section.name, index, options.max_bad_samples)
+
+    def __len__(self) -> int:
+        return sum(len(index) for index in self.indexes)
+
+    def for_planner(self) -> list[SourceIndex]:
+        """The sources as the planner takes them."""
+        return [
+            SourceIndex(part.section.name, index, part.section.weight, part.section.shuffled(self.options))
+            for part, index in zip(self.parts, self.indexes, strict=True)
+        ]
+
+    def sample(self, source: int, place: int) -> tuple[Record, Encoded]:
+        """A sample by source and place in its index. Raises BadSample."""
+        return self.parts[source].sample(self.indexes[source], place)
+
+
+def index_key(part: DataPart, options: DataSection, family: Family, config: Any) -> str:
+    """A fingerprint of all that an index depends on."""
+    media = {name: getattr(options, name) for name in MEDIA_OPTIONS}
+    return fingerprint(
+        part.source.stamp(),
+        part.section.model_dump(mode="json", exclude={"weight", "shuffle", "name"}),
+        [family.name, dataclasses.asdict(config)],
+        [media, options.chat, options.max_tokens, options.overlong, options.max_image_pixels],
+        *tokenizer_files(options.tokenizer),
+    )
+
+
+def open_index(
+    part: DataPart, options: DataSection, family: Family, config: Any, folder: Path, progress: Progress | None
+) -> Index:
+    """The index of a source: from its file when there is one that still holds, otherwise made and written there.
+
+    Of several processes that ask at once, one makes it and the others wait.
+    """
+    mark = index_key(part, options, family, config)
+    path = folder / f"{part.section.name}-{mark[:16]}.parquet"
+    found = load_index(path, mark)
+    if found is not None:
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        found = load_index(path, mark)
+        if found is None:
+            made = build_index(_chunks(part, options, family, config), mark, _counter(part, progress))
+            made.save(path)
+            found = made
+    return found
+
+
+def _counter(part: DataPart, progress: Progress | None) -> Callable[[int], None]:
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress(part.section.name, done, len(part.source))
+
+    return count
+
+
+def _chunks(part: DataPart, options: DataSection, family: Family, config: Any) -> Iterator[tuple[list[Any], list[Bad]]]:
+    """What `index_rows` gives for the records, chunk by chunk in order."""
+    spans = [range(a, min(a + CHUNK, len(part.source))) for a in range(0, len(part.source), CHUNK)]
+    workers = min(options.index_workers or os.cpu_count() or 1, len(spans))
+    if workers < 2 or len(part.source) <= FEW:
+        for span in spans:
+            yield index_rows(part.source, part.encoder, span, options.max_tokens, options.overlong)
+        return
+    done = 0
+    for attempt in (1, 2):
+        made = (part.section, options, family.name, config)
+        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start, initargs=made) as pool:
+            try:
+                for found in pool.map(_work, spans[done:]):
+                    yield found
+                    done += 1
+                return
+            except BrokenProcessPool as error:
+                if attempt == 2:
+                    first = spans[done]
+                    raise UserError(
+                        f"data: a worker that indexes {part.section.name} died twice, at samples {first.start} to "
+                        f"{first.stop - 1} or soon after; look for a file that crashes its decoder"
+                    ) from error
+
+
+_part: DataPart | None = None
+"""In a worker process: the source it indexes."""
+_options: DataSection | None = None
+
+
+def _start(section: SourceSection, options: DataSection, family: str, config: Any) -> None:
+    global _part, _options
+    _part = open_part(section, options, get_family(family), config, load_tokenizer(options.tokenizer))
+    _options = options
+
+
+def _work(numbers: Sequence[int]) -> tuple[list[Any], list[Bad]]:
+    if _part is None or _options is None:
+        raise RuntimeError("the worker was not started")
+    return index_rows(_part.source, _part.encoder, numbers, _options.max_tokens, _options.overlong)
+
+
+def bad_limit(bound: float, samples: int) -> int:
+    """How many samples may be skipped: `bound` itself from 1 on, below that as a share of all."""
+    return int(bound) if bound >= 1 else int(bound * samples)
+
+
+def check_bad(name: str, index: Index, bound: float) -> None:
+    """Raises UserError with a summary when more samples cannot be used than `data.max_bad_samples` allows.
+
+    Over-long samples that the user chose to drop or split are counted, but not against the bound.
+    """
+    against = [bad for bad in index.bad if bad.kind != "too long" or "data.overlong" not in bad.reason]
+    if len(against) > bad_limit(bound, len(index) + len(index.bad)):
+        raise UserError(f"data: {summary(name, index)}; more than data.max_bad_samples={bound:g} allows")
+
+
+def summary(name: str, index: Index) -> str:
+    """How many samples of a source cannot be used, by kind, with the first of each kind."""
+    kinds: dict[str, list[Bad]] = {}
+    for bad in index.bad:
+        kinds.setdefault(bad.kind, []).append(bad)
+    told = "; ".join(f"{kind}: {len(those)}, first: {those[0].reason}" for kind, those in kinds.items())
+    return f"{len(index.bad)} of {len(index) + len(index.bad)} samples of {name} cannot be used ({told})"

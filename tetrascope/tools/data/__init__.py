@@ -1,0 +1,1 @@
+"""`tetrascope data`: index, inspect and plan what a run trains on."""
