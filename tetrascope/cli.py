@@ -1,4 +1,4 @@
-"""The command line: tetrascope train | convert | verify | bench.
+"""The command line: tetrascope train | convert | verify | bench | data.
 
 Bad input ends with one message on stderr and exit code 2, without a traceback.
 """
@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure throughput.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+data_app = typer.Typer(help="Look at what a run trains on, before it does.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration of the run.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it, as section.key=value.", show_default=False)]
@@ -135,6 +137,53 @@ def bench_compare(
     from tetrascope.tools.bench.compare import bench_compare as run
 
     raise typer.Exit(run(family, sizes.split(","), pairs))
+
+
+@data_app.command("index")
+def data_index(
+    config: Annotated[
+        Path, typer.Argument(help="YAML configuration, or with --config a data file.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    base: Annotated[
+        Path | None, typer.Option("--config", help="Configuration to use for a data file.", show_default=False)
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Only this source.", show_default="all")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes.", min=1, show_default="data.index_workers, or one a core")
+    ] = None,
+) -> None:
+    """Index the samples of every source, or find that they are. Exit code 1: too many cannot be used."""
+    from tetrascope.tools.data.command import data_index as run
+
+    raise typer.Exit(run(config, overrides or [], base, source, workers))
+
+
+@data_app.command("inspect")
+def data_inspect(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML page, with pictures.")] = None,
+    samples: Annotated[int, typer.Option(help="Samples to show.", min=0)] = 4,
+    seed: Annotated[int, typer.Option(help="Of the choice of samples.", min=0)] = 0,
+) -> None:
+    """Show histograms of lengths, pictures and work, and samples as the model gets them."""
+    from tetrascope.tools.data.command import data_inspect as run
+
+    raise typer.Exit(run(config, overrides or [], html, samples, seed))
+
+
+@data_app.command("plan")
+def data_plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dp: Annotated[int | None, typer.Option(help="Data-parallel ranks.", min=1, show_default="parallel.dp")] = None,
+    steps: Annotated[int, typer.Option(help="Steps to plan.", min=1)] = 10,
+) -> None:
+    """Plan the first steps: how full micro-batches are, and how evenly work is spread over ranks."""
+    from tetrascope.tools.data.command import data_plan as run
+
+    raise typer.Exit(run(config, overrides or [], dp, steps))
 
 
 def main() -> int:

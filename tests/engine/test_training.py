@@ -8,12 +8,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from tests.engine.train_jobs import folder_of_its_own, resume_line, run_steps
 from tests.tiny import write_config
 from tetrascope.engine.checkpoint import latest_checkpoint
+from tetrascope.engine.config import load_config
+from tetrascope.engine.data.dataset import Dataset
+from tetrascope.engine.setup import prepare
 from tetrascope.tools.checkpoint_convert.native_to_hf import native_to_hf
 from tetrascope.tools.verify.pool import RankFailure, WorkerPool
 
@@ -39,6 +43,45 @@ def test_layout_does_not_change_the_losses(pool: WorkerPool, config: Path, tmp_p
     assert _losses(data) == pytest.approx(_losses(one), rel=RELATIVE), CONTEXT
     assert [s["grad_norm"] for s in four] == pytest.approx([s["grad_norm"] for s in one], rel=1e-4)
     assert {s["tokens"] for s in four} == {s["tokens"] for s in one}
+
+
+TOKENS = ["batch={tokens: 640, pack: 160}"]
+"""A global batch of four packs, each of a few of the samples."""
+
+
+def test_a_budget_of_tokens_trains_in_every_layout_and_resumes_in_another(
+    pool: WorkerPool, config: Path, tmp_path: Path
+) -> None:
+    """The samples that wait lie in the checkpoint: a resumed run that forgot them would leave them out."""
+    one = run_in(pool, config, tmp_path / "one", TOKENS, 1)
+    assert all(320 < s["tokens"] <= 640 for s in one), "a pack that is half empty has room for one more sample"
+    assert _losses(one)[-1] < _losses(one)[0] - 0.3, "nothing was learned, so nothing was compared"
+    four = run_in(pool, config, tmp_path / "cut", [*TOKENS, "parallel.dp=4"], 4, stop=3)
+    state = json.loads((tmp_path / "cut" / "checkpoints" / "step-000003" / "state.json").read_text())
+    assert state["cursor"]["waiting"], "nothing waited, so nothing of it was tested"
+    four += run_in(pool, config, tmp_path / "cut", [*TOKENS, "parallel.dp=2", "parallel.tp=2"], 4, resume=True)
+    assert _losses(four) == pytest.approx(_losses(one), rel=RELATIVE), CONTEXT
+    assert [s["tokens"] for s in four] == [s["tokens"] for s in one]
+
+
+def test_loss_weights(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
+    """The oracle: the losses of the same samples alone, weighed by hand by their numbers of supervised tokens."""
+    lines = []
+    for i in range(4):
+        messages = [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes " * 5**i}]
+        lines.append(json.dumps({"id": str(i), "messages": messages}))
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    fixed = ["data.shuffle=false", "optimizer.lr=1e-30"]
+    alone = run_in(pool, config, tmp_path / "alone", [*fixed, "batch={samples: 1}"], 1, stop=4)
+    # The answer's bytes, and the token that ends it and the line break after it, as far as they are supervised.
+    setup = prepare(load_config(config, fixed), 1)
+    samples = Dataset(setup.config.data, setup.family, setup.model_config, setup.tokenizer).samples
+    counts = np.array([sample.info.supervised for sample in samples])
+    assert counts[3] > 50 * counts[0]
+    for mode, weights in (("token", counts), ("sample", counts**0), ("sqrt", counts**0.5)):
+        options = [*fixed, f"batch={{samples: 4, micro_batches: 2, loss: {mode}}}"]
+        (stats,) = run_in(pool, config, tmp_path / mode, [*options, "parallel.dp=2"], 2, stop=1)
+        assert stats["loss"] == pytest.approx(np.average(_losses(alone), weights=weights), rel=RELATIVE)
 
 
 def test_videos_train_in_every_layout(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
@@ -110,9 +153,7 @@ def test_training_starts_from_a_hugging_face_folder(pool: WorkerPool, config: Pa
     assert _losses(four) == pytest.approx(_losses(one), rel=RELATIVE), CONTEXT
 
 
-def test_a_checkpoint_of_another_model_or_with_a_hole_is_named(
-    pool: WorkerPool, config: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_model_or_with_a_hole_is_named(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run_in(pool, config, out, ["parallel.pp=2"], 2, stop=1)
     with pytest.raises(RankFailure, match=r"UserError: .*step-000001: expected .* it belongs to another model config"):
@@ -159,8 +200,9 @@ def test_unreadable_image_is_skipped_on_all_ranks(pool: WorkerPool, config: Path
     """
     clean = run_in(pool, config, tmp_path / "clean", [], 1, stop=3)
     _truncate(tmp_path, "7.png")
-    one = run_in(pool, config, tmp_path / "one", [], 1, stop=3)
-    split = run_in(pool, config, tmp_path / "split", ["parallel.dp=2", "parallel.pp=2"], 4, stop=3)
+    some = ["data.max_bad_samples=5"]
+    one = run_in(pool, config, tmp_path / "one", some, 1, stop=3)
+    split = run_in(pool, config, tmp_path / "split", [*some, "parallel.dp=2", "parallel.pp=2"], 4, stop=3)
     assert [s["skipped"] for s in one][-1] == 1, "three steps of eight see all 24 samples"
     assert "s7" in str(one[-1]["skipped_names"]) and "7.png" in str(one[-1]["skipped_names"])
     assert split[-1]["skipped_names"] == one[-1]["skipped_names"], "all ranks know why, whichever decoded it"

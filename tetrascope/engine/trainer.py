@@ -19,6 +19,7 @@ from tetrascope.engine.config import Config, validated
 from tetrascope.engine.data.collate import MicroBatch
 from tetrascope.engine.data.dataset import Dataset
 from tetrascope.engine.data.loader import Loader, StepData
+from tetrascope.engine.data.skipped import bad_limit
 from tetrascope.engine.lr import learning_rate
 from tetrascope.engine.metrics import MetricsLog
 from tetrascope.engine.modules import summary, trained
@@ -177,10 +178,10 @@ class Trainer:
             for number, place in enumerate(micro.samples):
                 if place in bad:
                     _take_weight(batch, number)
-        if len(self.skipped) > self.config.data.max_bad_samples:
+        if len(self.skipped) > bad_limit(self.config.data.max_bad_samples, len(self.dataset)):
             raise UserError(
                 f"rank {self.mesh.rank}: {len(self.skipped)} samples could not be read, more than "
-                f"data.max_bad_samples={self.config.data.max_bad_samples}; last: {list(self.skipped.values())[-1]}. "
+                f"data.max_bad_samples={self.config.data.max_bad_samples:g}; last: {list(self.skipped.values())[-1]}. "
                 "Repair the images or raise the limit"
             )
         return bad

@@ -27,12 +27,13 @@ from tetrascope.models.media import Media
 
 FORMAT = 1
 FINGERPRINT, BAD = b"tetrascope.fingerprint", b"tetrascope.bad"
+REMEDY = "raise the limit, lower data.max_pixels, set data.overlong to drop or split, or remove the sample"
 COLUMNS = ("number", "first", "last", "tokens", "supervised")
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A sample that was left out. kind: one of BAD_KINDS."""
+    """A sample that was left out, or (kind `split`) is there in parts. kind: one of BAD_KINDS, dropped or split."""
 
     number: int
     kind: str
@@ -132,7 +133,7 @@ def index_rows(
 ) -> tuple[list[tuple[int, int, int, int, int, tuple[Media, ...]]], list[Bad]]:
     """Rows (COLUMNS and media) and bad samples of some records; what every worker does.
 
-    overlong: `error` or `drop` leave an over-long sample out; `split` cuts it between exchanges.
+    overlong: an over-long sample is a bad one (`error`), left out (`drop`), or cut between exchanges (`split`).
     """
     rows: list[tuple[int, int, int, int, int, tuple[Media, ...]]] = []
     bad: list[Bad] = []
@@ -142,13 +143,15 @@ def index_rows(
             parts: list[tuple[int, int, Encoded]] = [(0, 0, encoder.encode(record))]
             length = len(parts[0][2].ids_T)
             if length > max_tokens:
+                told = f"sample {record.name}: {length} tokens, more than data.max_tokens={max_tokens}"
                 parts = split(record, encoder, max_tokens) if overlong == "split" else []
-                if not parts:
-                    raise BadSample(
-                        "too long",
-                        f"sample {record.name}: {length} tokens, more than data.max_tokens={max_tokens}; raise the "
-                        "limit, lower data.max_pixels, set data.overlong to drop or split, or remove the sample",
-                    )
+                if parts:
+                    kept = sum(len(found.ids_T) for _, _, found in parts)
+                    bad.append(Bad(number, "split", f"{told}; split into {len(parts)} parts of {kept} tokens in all"))
+                elif overlong == "error":
+                    raise BadSample("too long", f"{told}; {REMEDY}")
+                else:
+                    bad.append(Bad(number, "dropped", told))
         except BadSample as error:
             bad.append(Bad(number, error.kind, str(error)))
             continue

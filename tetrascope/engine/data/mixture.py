@@ -22,6 +22,7 @@ from tetrascope.engine.config import DataSection, SourceSection
 from tetrascope.engine.data.encode import Encoded, Encoder, part_of
 from tetrascope.engine.data.index import Bad, Index, build_index, fingerprint, index_rows, load_index
 from tetrascope.engine.data.reader import MediaReader
+from tetrascope.engine.data.skipped import Skip
 from tetrascope.engine.data.sources import open_source
 from tetrascope.engine.data.sources.base import BadSample, Record, Source
 from tetrascope.engine.data.store import Store, StoreOptions, is_remote
@@ -80,7 +81,7 @@ def _folder(path: str) -> str:
 class Mixture:
     """All sources of a run.
 
-    Raises UserError when one cannot be read, when too many of its samples cannot be used, or none can.
+    Raises UserError when one cannot be read, or none of its samples can be used.
     """
 
     def __init__(
@@ -97,11 +98,14 @@ class Mixture:
         self.indexes = [
             open_index(part, options, family, config, options.index_dir or index_dir, progress) for part in self.parts
         ]
-        for part, index in zip(self.parts, self.indexes, strict=True):
-            check_bad(part.section.name, index, options.max_bad_samples)
 
     def __len__(self) -> int:
         return sum(len(index) for index in self.indexes)
+
+    def left_out(self) -> list[Skip]:
+        """The samples that the indexes leave out."""
+        named = zip(self.parts, self.indexes, strict=True)
+        return [Skip(bad.kind, p.section.name, bad.number, bad.reason) for p, index in named for bad in index.bad]
 
     def for_planner(self) -> list[SourceIndex]:
         """The sources as the planner takes them."""
@@ -202,27 +206,3 @@ def _work(numbers: Sequence[int]) -> tuple[list[Any], list[Bad]]:
     if _part is None or _options is None:
         raise RuntimeError("the worker was not started")
     return index_rows(_part.source, _part.encoder, numbers, _options.max_tokens, _options.overlong)
-
-
-def bad_limit(bound: float, samples: int) -> int:
-    """How many samples may be skipped: `bound` itself from 1 on, below that as a share of all."""
-    return int(bound) if bound >= 1 else int(bound * samples)
-
-
-def check_bad(name: str, index: Index, bound: float) -> None:
-    """Raises UserError with a summary when more samples cannot be used than `data.max_bad_samples` allows.
-
-    Over-long samples that the user chose to drop or split are counted, but not against the bound.
-    """
-    against = [bad for bad in index.bad if bad.kind != "too long" or "data.overlong" not in bad.reason]
-    if len(against) > bad_limit(bound, len(index) + len(index.bad)):
-        raise UserError(f"data: {summary(name, index)}; more than data.max_bad_samples={bound:g} allows")
-
-
-def summary(name: str, index: Index) -> str:
-    """How many samples of a source cannot be used, by kind, with the first of each kind."""
-    kinds: dict[str, list[Bad]] = {}
-    for bad in index.bad:
-        kinds.setdefault(bad.kind, []).append(bad)
-    told = "; ".join(f"{kind}: {len(those)}, first: {those[0].reason}" for kind, those in kinds.items())
-    return f"{len(index.bad)} of {len(index) + len(index.bad)} samples of {name} cannot be used ({told})"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import av
 import numpy as np
 from PIL import Image
 
+from tetrascope.engine.data.decode.cache import DecodeCache, cache_key
+from tetrascope.engine.data.decode.images import Decoder, pick_decoder
 from tetrascope.engine.data.sources.base import BadSample, Blob, MediaFile
 from tetrascope.engine.data.store import Store, is_remote
 from tetrascope.engine.data.video import BadVideo, VideoInfo, decode, probe
@@ -17,33 +23,58 @@ from tetrascope.errors import UserError
 from tetrascope.models.family import MediaProcessor
 from tetrascope.models.media import Media
 
-BROKEN = (OSError, ValueError, SyntaxError)
-"""What Pillow raises for files it cannot read; SyntaxError for some broken PNGs."""
+BROKEN = (
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow's plugins raise for files they cannot read, found by feeding them damaged ones or by reading them."""
 
 SIGNATURES = {
-    b"<!DOCTYPE": "an HTML page",
+    b"<!doctype": "an HTML page",
     b"<html": "an HTML page",
-    b"%PDF": "a PDF",
-    b"PK\x03\x04": "a ZIP archive",
+    b"<": "an XML file",
+    b"%pdf": "a PDF",
+    b"pk\x03\x04": "a ZIP archive",
     b"\x1f\x8b": "a gzip archive",
-    b"\x1aE\xdf\xa3": "a Matroska video",
+    b"\x1ae\xdf\xa3": "a Matroska video",
     b"{": "JSON",
 }
-"""First bytes of what is often found under the name of an image."""
+"""First bytes, in lower case, of what is often found under the name of an image."""
+
+FRAMES = f"PyAV {av.__version__}"
+"""What decodes video files, for the cache."""
 
 
 class MediaReader:
     """Reads files for one family.
 
     patch: side of the encoder's patches in pixels. min_frames: frames that a video must have, if the user says so.
-    pixel_limit: the largest image that is opened.
+    pixel_limit: the largest image that is opened. decoder: of images, by default Pillow. cache: where decoded pictures
+    and frames are kept, None for nowhere.
     """
 
     def __init__(
-        self, processor: MediaProcessor, store: Store, patch: int, min_frames: int | None, pixel_limit: int
+        self,
+        processor: MediaProcessor,
+        store: Store,
+        patch: int,
+        min_frames: int | None,
+        pixel_limit: int,
+        decoder: Decoder | None = None,
+        cache: DecodeCache | None = None,
     ) -> None:
         self._processor, self._store = processor, store
         self._patch, self._min_frames, self._pixel_limit = patch, min_frames, pixel_limit
+        self._decoder, self._cache = decoder or pick_decoder("pillow"), cache
+        self._stamps: dict[str, str] = {}
 
     def describe(self, files: Sequence[MediaFile]) -> tuple[Media, ...]:
         """What each file of a sample becomes, from headers alone.
@@ -79,6 +110,7 @@ class MediaReader:
                     info = probe(self._local(file.blobs[0]) or stream)
             except UserError as error:
                 raise BadSample("broken video", f"{file}: {error}") from error
+            self._bound(file, file.blobs[0], (info.width, info.height))
         if file.kind == "video" and info.frames < (self._min_frames or 1):
             raise BadSample("other", f"{file} has {info.frames} frames, at least {self._min_frames} are needed")
         return info
@@ -90,19 +122,27 @@ class MediaReader:
 
     def _size(self, file: MediaFile, blob: Blob) -> tuple[int, int]:
         with self._store.open(blob) as stream:
-            try:
-                with _opened(stream) as image:
-                    size = image.size
-            except BROKEN as error:
-                raise _no_image(file, blob, stream, error) from error
-            except Image.DecompressionBombError as error:
-                raise BadSample("image bomb", f"image {blob}: {error}") from error
+            return self._header(file, blob, stream)
+
+    def _header(self, file: MediaFile, blob: Blob, stream: BinaryIO) -> tuple[int, int]:
+        """Width and height of an image whose pixels may be decoded. Raises BadSample for one that may not."""
+        try:
+            with Image.open(stream) as image:
+                size = image.size
+        except BROKEN as error:
+            raise _no_image(file, blob, stream, error) from error
+        except Image.DecompressionBombError as error:
+            raise BadSample("image bomb", f"{file.kind} {blob}: {error}") from error
+        self._bound(file, blob, size)
+        return size
+
+    def _bound(self, file: MediaFile, blob: Blob, size: tuple[int, int]) -> None:
         if size[0] * size[1] > self._pixel_limit:
             raise BadSample(
                 "image bomb",
-                f"image {blob} has {size[0]}x{size[1]} pixels, more than data.max_image_pixels={self._pixel_limit}",
+                f"{file.kind} {blob} has {size[0]}x{size[1]} pixels, more than "
+                f"data.max_image_pixels={self._pixel_limit}; shrink it, raise the limit or remove the sample",
             )
-        return size
 
     def rows(self, file: MediaFile, media: Media) -> np.ndarray:
         """Patch rows float32 `[media.patches, P]`.
@@ -125,33 +165,72 @@ class MediaReader:
             if max(media.numbers) >= len(file.blobs):
                 raise BadSample("changed", f"{file} has fewer pictures than when it was indexed")
             return [self._picture(file, file.blobs[number]) for number in media.numbers]
-        try:
-            with self._store.open(file.blobs[0]) as stream:
-                return decode(self._local(file.blobs[0]) or stream, media.numbers)
-        except (BadVideo, UserError) as error:
-            raise BadSample("broken video", f"{file}: {error}") from error
+        return self._frames(file, file.blobs[0], media.numbers)
+
+    def _frames(self, file: MediaFile, blob: Blob, numbers: tuple[int, ...]) -> list[Image.Image]:
+        """Frames of a video file; a number may repeat."""
+        shown = sorted(set(numbers))
+        key = self._key(blob, FRAMES, *shown)
+        found = self._cached(key)
+        if found is None:
+            try:
+                with self._store.open(blob) as stream:
+                    found = decode(self._local(blob) or stream, shown)
+            except (BadVideo, UserError) as error:
+                raise BadSample("broken video", f"{file}: {error}") from error
+            self._keep(key, found)
+        return [found[shown.index(number)] for number in numbers]
 
     def _picture(self, file: MediaFile, blob: Blob) -> Image.Image:
-        with self._store.open(blob) as stream:
-            try:
-                with _opened(stream) as image:
-                    return image.convert("RGB")
-            except BROKEN as error:
-                raise _no_image(file, blob, stream, error) from error
-            except Image.DecompressionBombError as error:
-                raise BadSample("image bomb", f"image {blob}: {error}") from error
+        key = self._key(blob, self._decoder.mark)
+        found = self._cached(key)
+        if found is None:
+            with self._store.open(blob) as stream:
+                self._header(file, blob, stream)
+                try:
+                    found = [self._decoder.decode(stream)]
+                except BROKEN as error:
+                    raise _no_image(file, blob, stream, error) from error
+                except Image.DecompressionBombError as error:  # a format that holds further images, such as an icon
+                    raise BadSample("image bomb", f"{file.kind} {blob}: {error}") from error
+            self._keep(key, found)
+        return found[0]
 
+    def _key(self, blob: Blob, *decoded: object) -> str | None:
+        """The cache's key for what is decoded of a blob; None when there is no cache or no such file.
 
-def _opened(stream: BinaryIO) -> Image.Image:
-    return Image.open(stream)
+        Remote files are asked for their stamp once: a run takes them for unchanged.
+        """
+        if self._cache is None:
+            return None
+        if blob.data is not None:
+            return cache_key(hashlib.sha256(blob.data).hexdigest(), *decoded)
+        try:
+            stamp = self._stamps.get(blob.url) or self._store.stamp(blob.url)
+        except UserError:
+            return None
+        if is_remote(blob.url):
+            self._stamps[blob.url] = stamp
+        return cache_key(blob.url, stamp, blob.offset, blob.size, *decoded)
+
+    def _cached(self, key: str | None) -> list[Image.Image] | None:
+        pixels = self._cache.get(key) if self._cache is not None and key is not None else None
+        return None if pixels is None else [Image.fromarray(one) for one in pixels]
+
+    def _keep(self, key: str | None, pictures: list[Image.Image]) -> None:
+        if self._cache is not None and key is not None and pictures:
+            self._cache.put(key, np.stack([np.asarray(one) for one in pictures]))
 
 
 def _no_image(file: MediaFile, blob: Blob, stream: BinaryIO, error: Exception) -> BadSample:
     try:
         stream.seek(0, io.SEEK_SET)
-        head = stream.read(16).lstrip()
+        head = stream.read(64)
     except (OSError, ValueError):
-        head = b""
+        head = b"?"
+    if not head:
+        return BadSample("empty file", f"{file.kind} {blob} is empty; replace it or remove the sample")
+    head = head.lstrip().lower()
     found = next((what for signature, what in SIGNATURES.items() if head.startswith(signature)), None)
     found = "an MP4 video" if head[4:8] == b"ftyp" else found
     if found:

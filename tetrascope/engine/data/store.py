@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote
 
 import fsspec
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
 from tetrascope.engine.data.sources.base import BadSample, Blob
 from tetrascope.errors import UserError
@@ -175,7 +175,7 @@ class Store:
         attempts = Retrying(
             retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, FINAL)),
             stop=stop_after_attempt(self.options.retries + 1),
-            wait=wait_exponential_jitter(initial=0.2, max=20),
+            wait=wait_exponential(multiplier=0.2, max=20) + wait_random(0, 1),  # spread: ranks fail together
             reraise=True,
         )
         try:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from tetrascope.engine.config import BatchSection, LossWeighting
 from tetrascope.engine.plan.balance import shares, to_ranks
 from tetrascope.engine.plan.cost import Cost, CostFn, row_cost
@@ -68,12 +70,16 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class SourceIndex:
-    """What is known of a source: its samples, and its part in the mixture (`stream.Source`)."""
+    """What is known of a source: its samples, and its part in the mixture (`stream.Source`).
+
+    lengths: tokens of all samples, where they are at hand without asking one sample after the other.
+    """
 
     name: str
     infos: Sequence[SampleInfo]
     weight: float = 1.0
     shuffle: bool = True
+    lengths: np.ndarray | None = None
 
 
 class Planner:
@@ -209,7 +215,7 @@ class Planner:
                 f"batch.samples: {samples} samples cannot fill {self._per_rank} micro-batches on each of "
                 f"{self.layout.dp} data-parallel ranks; use at least {bins}"
             )
-        there = sum(source.length for source in self.stream.sources)
+        there = sum(source.length for source in self.stream.sources if source.weight)
         if samples > there:
             raise UserError(f"batch.samples: {samples} is more than the {there} samples there are; lower it")
 
@@ -221,13 +227,15 @@ class Planner:
                 f"would be padded beyond it; use {down or self.layout.tp}"
             )
         there = 0
-        for source in self.sources:
-            for number, info in enumerate(source.infos):
-                there += info.tokens
-                if info.tokens > capacity:
-                    raise UserError(
-                        f"batch.pack: sample {number} of {source.name} has {info.tokens} tokens, more than "
-                        f"batch.pack={capacity}; raise batch.pack, make pictures smaller, or remove the sample"
-                    )
+        for source in (one for one in self.sources if one.weight):
+            lengths = source.lengths
+            if lengths is None:
+                lengths = np.fromiter((info.tokens for info in source.infos), np.int64, len(source.infos))
+            there, longest = there + int(lengths.sum()), int(lengths.argmax())
+            if lengths[longest] > capacity:
+                raise UserError(
+                    f"batch.pack: sample {longest} of {source.name} has {lengths[longest]} tokens, more than "
+                    f"batch.pack={capacity}; raise batch.pack, make pictures smaller, or remove the sample"
+                )
         if self.batch.tokens is not None and self.batch.tokens > there:
             raise UserError(f"batch.tokens: {self.batch.tokens} is more than the {there} tokens there are; lower it")

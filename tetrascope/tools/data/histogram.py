@@ -15,7 +15,7 @@ BINS = 16
 """About as many bars as a histogram has."""
 
 WIDE = 100.0
-"""Where the largest value is so many times the median, bins grow by 1, 2, 5, 10, ..."""
+"""Where the largest value is so many times the median of those above 0, bins grow by 1, 2, 5, 10, ..."""
 
 BAR = 40
 """Characters of the longest bar."""
@@ -45,8 +45,9 @@ def histogram(values: np.ndarray, bins: int = BINS) -> Histogram:
     """A histogram of at least one value, none negative, with about `bins` bins."""
     whole = bool((values == np.floor(values)).all())
     low, high = float(values.min()), float(values.max())
-    if high > WIDE * max(float(np.median(values)), 1e-12) and high > 0:
-        edges = _growing(float(values[values > 0].min()), high, low)
+    above = values[values > 0]
+    if len(above) and high > WIDE * float(np.median(above)):
+        edges = _growing(float(above.min()), high, low)
     else:
         step = _round_step((high - low) / bins, whole)
         first = math.floor(low / step)
@@ -69,7 +70,9 @@ def _growing(smallest: float, high: float, low: float) -> np.ndarray:
     power = math.floor(math.log10(smallest))
     while not edges or edges[-1] <= high:
         steps = [k * 10.0**power for k in (1, 2, 5)]
-        edges += [edge for edge, after in zip(steps, [*steps[1:], 10.0 ** (power + 1)], strict=True) if after > smallest]
+        edges += [
+            edge for edge, after in zip(steps, [*steps[1:], 10.0 ** (power + 1)], strict=True) if after > smallest
+        ]
         power += 1
     last = next(i for i, edge in enumerate(edges) if edge > high)
     return np.array(edges[: last + 1])

@@ -104,9 +104,9 @@ def pieces(found: Encoded, tokenizer: Any, visual_ids: Sequence[int]) -> Iterato
         stop = start + 1
         if ids[start] in visual and seen < len(owners):
             owner = owners[seen]
-            while stop < len(ids) and ids[stop] in visual and owners[seen + stop - start :][:1] == [owner]:
-                stop += 1
-            seen += stop - start
+            seen += 1
+            while stop < len(ids) and ids[stop] in visual and seen < len(owners) and owners[seen] == owner:
+                stop, seen = stop + 1, seen + 1
             text = f"{found.media[owner].kind} {stop - start} tokens"
             yield Piece(text, (ids[start],), False, visual=True)
             before = []

@@ -78,21 +78,31 @@ def open_sources(setup: Setup, progress: Report | None = None, only: str | None 
     for section in sections:
         part = open_part(section, options, family, config, setup.tokenizer)
         before = _index_times(folder, section.name)
-        made = False
-
-        def told(name: str, done: int, total: int) -> None:
-            nonlocal made
-            made = True
-            if progress is not None:
-                progress(name, done, total)
-
+        watch, samples = _Watch(progress), len(part.source)
+        watch.pass_on(section.name, 0, samples)
         began = time.perf_counter()
-        index = open_index(part, options, family, config, folder, told)
+        index = open_index(part, options, family, config, folder, watch)
         seconds = time.perf_counter() - began
+        watch.pass_on(section.name, samples, samples)
         file = folder / f"{section.name}-{index.fingerprint[:16]}.parquet"
         before.pop(file, None)
-        found.append(Indexed(part, index, file, made, seconds, max(before.values(), default=None)))
+        found.append(Indexed(part, index, file, watch.called, seconds, max(before.values(), default=None)))
     return found
+
+
+class _Watch:
+    """Passes progress on, and remembers whether there was any: an index that is found has none."""
+
+    def __init__(self, to: Report | None) -> None:
+        self._to, self.called = to, False
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        self.called = True
+        self.pass_on(name, done, total)
+
+    def pass_on(self, name: str, done: int, total: int) -> None:
+        if self._to is not None:
+            self._to(name, done, total)
 
 
 def _index_times(folder: Path, name: str) -> dict[Path, datetime]:
@@ -106,8 +116,8 @@ class _Rate(ProgressColumn):
     """Samples a second."""
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} samples/s" if speed else "", style="progress.data.speed")
+        seconds = task.finished_time or task.elapsed
+        return Text(f"{task.completed / seconds:,.0f} samples/s" if seconds else "", style="progress.data.speed")
 
 
 @contextmanager

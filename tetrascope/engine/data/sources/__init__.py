@@ -7,19 +7,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tetrascope.engine.data.sources.base import BadSample, Blob, Source
-from tetrascope.engine.data.sources.json_rows import JsonRows
-from tetrascope.engine.data.sources.megatron import MAGIC, MegatronTokens
-from tetrascope.engine.data.sources.parquet import ParquetRows
-from tetrascope.engine.data.sources.plugin import Plugin
-from tetrascope.engine.data.sources.shards import expand
-from tetrascope.engine.data.sources.tar import COMPRESSED
-from tetrascope.engine.data.sources.webdataset import WebDataset
-from tetrascope.engine.data.store import Store, is_remote
 from tetrascope.errors import UserError
 
+if TYPE_CHECKING:
+    from tetrascope.engine.data.sources.base import Source
+    from tetrascope.engine.data.store import Store
+
+# The formats are imported when they are opened: each brings its own libraries, and the store needs sources.base.
 __all__ = ["FORMATS", "Format", "open_source"]
 
 
@@ -33,33 +29,51 @@ class Format:
     options: Mapping[str, str] | None
 
 
+def _json_rows(path: str, store: Store, options: Mapping[str, Any]) -> Source:
+    from tetrascope.engine.data.sources.json_rows import JsonRows
+
+    return JsonRows(path, store)
+
+
+def _parquet(path: str, store: Store, options: Mapping[str, Any]) -> Source:
+    from tetrascope.engine.data.sources.parquet import ParquetRows
+
+    return ParquetRows(path, store, **options)
+
+
+def _webdataset(path: str, store: Store, options: Mapping[str, Any]) -> Source:
+    from tetrascope.engine.data.sources.webdataset import WebDataset
+
+    return WebDataset(path, store, **options)
+
+
+def _megatron(path: str, store: Store, options: Mapping[str, Any]) -> Source:
+    from tetrascope.engine.data.sources.megatron import MegatronTokens
+
+    return MegatronTokens(path, store)
+
+
+def _plugin(path: str, store: Store, options: Mapping[str, Any]) -> Source:
+    from tetrascope.engine.data.sources.plugin import Plugin
+
+    return Plugin(path, store, options)
+
+
 FORMATS: dict[str, Format] = {
-    "messages": Format(
-        "JSON Lines or a JSON list of {messages}, files by path or data: URL",
-        lambda path, store, options: JsonRows(path, store),
-        {},
-    ),
-    "llava": Format(
-        "JSON Lines or a JSON list of {conversations, image, video}, as LLaVA has them",
-        lambda path, store, options: JsonRows(path, store),
-        {},
-    ),
+    "messages": Format("JSON Lines or a JSON list of {messages}, files by path or data: URL", _json_rows, {}),
+    "llava": Format("JSON Lines or a JSON list of {conversations, image, video}, as LLaVA has them", _json_rows, {}),
     "parquet": Format(
         "Parquet files with a column messages or conversations",
-        lambda path, store, options: ParquetRows(path, store, float(options.get("cache_mb", 256))),
+        _parquet,
         {"cache_mb": "memory for row groups in every process, in MiB (256)"},
     ),
     "webdataset": Format(
         "tar shards of key.json or key.txt with key.jpg, key.mp4",
-        lambda path, store, options: WebDataset(path, store, int(options.get("threads", 8))),
+        _webdataset,
         {"threads": "shards whose headers are read at once (8)"},
     ),
-    "megatron": Format(
-        "tokens in Megatron's .bin and .idx; path without the suffix",
-        lambda path, store, options: MegatronTokens(path, store),
-        {},
-    ),
-    "python": Format("your own class, package.module:Class, made with the options", Plugin, None),
+    "megatron": Format("tokens in Megatron's .bin and .idx; path without the suffix", _megatron, {}),
+    "python": Format("your own class, package.module:Class, made with the options", _plugin, None),
 }
 SUFFIXES = {
     ".jsonl": "messages",
@@ -84,16 +98,24 @@ def open_source(path: str, format: str, store: Store, options: Mapping[str, Any]
     if name not in FORMATS:
         raise UserError(f"data: format {format!r} is not known{_near(format, FORMATS)}; formats: auto, {_all(FORMATS)}")
     known = FORMATS[name].options
-    for option, value in options.items() if known is not None else ():
+    if known is None:
+        return FORMATS[name].open(path, store, options)
+    for option, value in options.items():
         if option not in known:
             takes = f"takes {_all(known)}" if known else "takes no options"
             raise UserError(f"data: {path}: option {option!r} is not known{_near(option, known)}; {name} {takes}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1:
-            raise UserError(f"data: {path}: option {option} is {value!r}; expected {known[option]}, at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"data: {path}: option {option} is {value!r}; expected a whole number: {known[option]}")
     return FORMATS[name].open(path, store, options)
 
 
 def _detected(path: str, store: Store) -> str:
+    from tetrascope.engine.data.sources.base import BadSample, Blob
+    from tetrascope.engine.data.sources.megatron import MAGIC
+    from tetrascope.engine.data.sources.shards import expand
+    from tetrascope.engine.data.sources.tar import COMPRESSED
+    from tetrascope.engine.data.store import is_remote
+
     if CLASS.fullmatch(path) and not os.path.exists(path):
         return "python"
     for suffix, name in SUFFIXES.items():

@@ -36,13 +36,17 @@ class ParquetRows:
     Raises UserError for files that cannot be read, are no Parquet or have no column of messages.
     """
 
-    def __init__(self, path: str, store: Store, cache_mb: float = 256.0) -> None:
+    def __init__(self, path: str, store: Store, cache_mb: int = 256) -> None:
         self._store, self._cache_mb = store, cache_mb
         self._urls = expand(path, store, ".parquet")
         with ThreadPoolExecutor(min(8, len(self._urls))) as pool:
-            self._files: list[pq.FileMetaData] = list(pool.map(self._metadata, self._urls))
+            opened = list(pool.map(self._metadata, self._urls))
+        self._files: list[pq.FileMetaData] = [metadata for metadata, _ in opened]
+        self._sizes = [size for _, size in opened]
         groups = [
-            (i, j, self._files[i].row_group(j).num_rows) for i in range(len(self._files)) for j in _groups(self, i)
+            (number, group, metadata.row_group(group).num_rows)
+            for number, metadata in enumerate(self._files)
+            for group in range(metadata.num_row_groups)
         ]
         self._groups = np.array(groups, dtype=np.int64).reshape(-1, 3)
         self._ends = np.cumsum(self._groups[:, 2])
@@ -51,7 +55,7 @@ class ParquetRows:
         self._open()
 
     def _open(self) -> None:
-        self._cache = _Recent(int(self._cache_mb * 2**20))
+        self._cache = _Recent(self._cache_mb * 2**20)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_cache"}
@@ -91,31 +95,28 @@ class ParquetRows:
         url, metadata = self._urls[file], self._files[file]
         columns = [name for name in metadata.schema.to_arrow_schema().names if name in COLUMNS]
         try:
-            with _opened(url, self._store, metadata) as opened:
+            with _opened(url, self._store, self._sizes[file], metadata) as opened:
                 return opened.read_row_group(group, columns=columns)
         except (pa.ArrowException, OSError, UserError) as error:
             raise BadSample("other", f"{url}: row group {group} cannot be read ({error})") from error
 
-    def _metadata(self, url: str) -> pq.FileMetaData:
+    def _metadata(self, url: str) -> tuple[pq.FileMetaData, int]:
+        size = self._store.size(url)
         try:
-            with _opened(url, self._store, None) as opened:
+            with _opened(url, self._store, size) as opened:
                 names = opened.schema_arrow.names
                 metadata = opened.metadata
         except (pa.ArrowException, OSError, BadSample) as error:
             raise UserError(f"data: {url} is not readable as Parquet ({error}); check the file") from error
         if not set(TEXT) & set(names):
             raise UserError(f"data: {url} has no column messages or conversations, only {', '.join(names)}; rename one")
-        return metadata
+        return metadata, size
 
 
-def _groups(rows: ParquetRows, file: int) -> range:
-    return range(rows._files[file].num_row_groups)
-
-
-def _opened(url: str, store: Store, metadata: pq.FileMetaData | None) -> pq.ParquetFile:
+def _opened(url: str, store: Store, size: int, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """A file of its own for the calling thread; `metadata` spares reading them again."""
     if is_remote(url):
-        return pq.ParquetFile(RangeFile(url, store), metadata=metadata, pre_buffer=True)
+        return pq.ParquetFile(RangeFile(url, store, size), metadata=metadata, pre_buffer=True)
     return pq.ParquetFile(url.removeprefix(FILE), metadata=metadata)
 
 

@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -35,9 +34,9 @@ class Plugin:
 
     def __init__(self, path: str, store: Store, options: Mapping[str, Any]) -> None:
         self._path, self._store, self._options = path, store, dict(options)
-        self._class = _imported(path)
+        made = _imported(path)
         try:
-            self._data = self._class(**self._options)
+            self._data = made(**self._options)
             self._length = len(self._data)
         except Exception as error:
             raise UserError(
@@ -45,9 +44,9 @@ class Plugin:
             ) from error
         if not self._length:
             raise UserError(f"data: {path} holds no samples")
-        if not hasattr(self._class, "__getitem__"):
+        if not hasattr(self._data, "__getitem__"):
             raise UserError(f"data: {path} has no __getitem__; it gives the sample of a number as a dict")
-        shared = getattr(self._class, "thread_safe", False)
+        shared = getattr(self._data, "thread_safe", False)
         self._turn: AbstractContextManager[Any] = nullcontext() if shared else threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,8 +79,11 @@ class Plugin:
     def stamp(self) -> str:
         if hasattr(self._data, "stamp"):
             return str(self._data.stamp())
-        stat = os.stat(inspect.getfile(self._class))
-        told = [self._path, self._options, self._length, stat.st_size, stat.st_mtime_ns]
+        try:
+            code = self._store.stamp(inspect.getfile(type(self._data)))
+        except (TypeError, OSError, UserError):  # written in C, or not in a file
+            code = ""
+        told = [self._path, self._options, self._length, code]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 

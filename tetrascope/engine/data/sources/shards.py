@@ -60,7 +60,10 @@ def _is_folder(path: str, store: Store) -> bool:
     if path.rpartition("/")[2].count("."):  # spares a request: files have a suffix
         return False
     filesystem, inside = store.filesystem(path)
-    return bool(store.request(lambda: filesystem.isdir(inside)))
+    try:
+        return bool(store.request(lambda: filesystem.isdir(inside)))
+    except OSError as error:
+        raise UserError(f"data: {path} cannot be read ({error}); check the address") from error
 
 
 def stamp(urls: Sequence[str], store: Store) -> str:
@@ -73,13 +76,13 @@ def stamp(urls: Sequence[str], store: Store) -> str:
 class RangeFile(io.RawIOBase):
     """A file of a store that is read in ranges, each a request of its own with the store's retries and bounds.
 
-    Raises BadSample for a range that cannot be read.
+    size: of the file, when it is known already. Raises BadSample for a range that cannot be read.
     """
 
-    def __init__(self, url: str, store: Store) -> None:
+    def __init__(self, url: str, store: Store, size: int | None = None) -> None:
         super().__init__()
         self._url, self._store = url, store
-        self._size, self._place = store.size(url), 0
+        self.size, self._place = store.size(url) if size is None else size, 0
 
     def readable(self) -> bool:
         return True
@@ -88,7 +91,7 @@ class RangeFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self.size}[whence]
         self._place = max(0, base + offset)
         return self._place
 
@@ -96,7 +99,7 @@ class RangeFile(io.RawIOBase):
         return self._place
 
     def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self._size - self._place)
+        left = max(0, self.size - self._place)
         wanted = left if size is None or size < 0 else min(size, left)
         data = self._store.read(Blob(self._url, self._place, wanted)) if wanted else b""
         self._place += len(data)

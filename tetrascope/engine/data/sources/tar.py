@@ -126,7 +126,7 @@ def _members(stream: BinaryIO, end: int) -> Iterator[Member]:
 def _pax(data: bytes, name: str | None, size: int | None) -> tuple[str | None, int | None]:
     """Path and size of a pax header: records `<length> <key>=<value>\\n`, length in decimal and of the whole record."""
     while data:
-        length, _, rest = data.partition(b" ")
+        length = data.partition(b" ")[0]
         if not length.isdigit() or not len(length) < int(length) <= len(data):
             raise _Cut("a pax header is not readable")
         key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")

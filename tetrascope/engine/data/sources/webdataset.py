@@ -19,7 +19,7 @@ from tetrascope.engine.data.sources.tar import Contents, Member, read_contents
 from tetrascope.engine.data.store import Store
 from tetrascope.errors import UserError
 
-KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 """Key and suffix of a member: its name up to the first dot of the last path component, as webdataset divides it
 (base_plus_ext in its tariterators.py)."""
 
@@ -28,6 +28,9 @@ META = re.compile(r"__[^/]*__($|/)")
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "tif", "tiff")
 VIDEOS = ("mp4", "mkv", "webm", "mov", "avi", "m4v", "mpg", "mpeg")
+NAMING = ("image", "images", "image_url", "video", "videos", "video_url")
+"""Keys of a row and of its parts whose values name files."""
+
 KINDS = {**dict.fromkeys(IMAGES, "image"), **dict.fromkeys(VIDEOS, "video"), "json": "json", "txt": "txt"}
 """What a member is, by the end of its name; others are left out."""
 
@@ -86,19 +89,19 @@ class WebDataset:
             raise BadSample(kind, f"{url}: {error}") from error
 
     def _record(self, members: list[Member], url: str) -> Record:
-        key = _key(members[0].name)
-        text = next((m for kind in ("json", "txt") for m in members if _kind(m) == kind), None)
-        media = {kind: sorted((m for m in members if _kind(m) == kind), key=_natural) for kind in ("image", "video")}
-        if text is None:
+        key = str(_key(members[0].name))
+        of_kind = {kind: [m for m in members if _kind(m.name) == kind] for kind in ("json", "txt", "image", "video")}
+        media = {kind: sorted(of_kind[kind], key=_natural) for kind in ("image", "video")}
+        row: Any = None
+        if of_kind["json"]:
+            try:
+                row = json.loads(self._text(of_kind["json"][0], url))
+            except (ValueError, RecursionError) as error:
+                raise BadSample("bad json", f"{of_kind['json'][0].name}: not valid JSON ({error})") from error
+        if of_kind["txt"] and not (isinstance(row, dict) and {"messages", "conversations"} & set(row)):
+            row = _caption(self._text(of_kind["txt"][0], url), media, key)  # what JSON there is describes the image
+        elif row is None:
             raise BadSample("missing file", f"{key}: there is neither {key}.json nor {key}.txt")
-        raw = self._store.read(Blob(url, text.offset, text.size))
-        try:
-            content = raw.decode("utf-8")
-            row = json.loads(content) if _kind(text) == "json" else _caption(content, media, key)
-        except UnicodeDecodeError as error:
-            raise BadSample("bad json", f"{text.name}: is not UTF-8 ({error}); save it as UTF-8") from error
-        except (ValueError, RecursionError) as error:
-            raise BadSample("bad json", f"{text.name}: not valid JSON ({error})") from error
         known = {alias: m for m in reversed(members) for alias in _aliases(m)}
 
         def resolve(name: str) -> Blob:
@@ -107,11 +110,17 @@ class WebDataset:
             return Blob(url, known[name].offset, known[name].size)
 
         if isinstance(row, dict):
-            named = {known[name].name for name in _strings(row) if name in known}
+            named = {known[name].name for name in _file_names(row) if name in known}
             for kind, found in media.items():
                 if row.get(kind) is None and row.get(f"{kind}s") is None:
                     row[f"{kind}s"] = [m.name for m in found if m.name not in named]
         return record(row, key, resolve)
+
+    def _text(self, member: Member, url: str) -> str:
+        try:
+            return self._store.read(Blob(url, member.offset, member.size)).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSample("bad json", f"{member.name}: is not UTF-8 ({error}); save it as UTF-8") from error
 
 
 @dataclass(frozen=True)
@@ -132,8 +141,8 @@ class _Shard:
     @classmethod
     def of(cls, contents: Contents) -> _Shard:
         """Members of use, grouped by key; without the group whose member was cut."""
-        lost = None if contents.cut is None else _key(contents.cut)
-        kept = [m for m in contents.members if _kind(m) and not META.match(m.name) and _key(m.name) is not None]
+        lost = None if contents.cut is None or _kind(contents.cut) is None else _key(contents.cut)
+        kept = [m for m in contents.members if _kind(m.name) and not META.match(m.name) and _key(m.name) is not None]
         groups = [list(group) for _, group in groupby(kept, key=lambda m: _key(m.name))]
         if groups and lost is not None and _key(groups[-1][0].name) == lost:
             groups.pop()
@@ -162,8 +171,8 @@ def _key(name: str) -> str | None:
     return found[1] if found else None
 
 
-def _kind(member: Member) -> str | None:
-    return KINDS.get(member.name.rpartition(".")[2].lower())
+def _kind(name: str) -> str | None:
+    return KINDS.get(name.rpartition(".")[2].lower())
 
 
 def _aliases(member: Member) -> tuple[str, str, str]:
@@ -186,10 +195,13 @@ def _caption(text: str, media: dict[str, list[Member]], key: str) -> dict[str, A
     return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": text.strip()}]}
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every text in a row that may be a file's name."""
-    if isinstance(value, str):
+def _file_names(value: Any, names: bool = False) -> Iterator[str]:
+    """The texts in a row that stand where a file is named. names: whether `value` stands there."""
+    if isinstance(value, str) and names:
         yield value
-    elif isinstance(value, (list, dict)):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _strings(one)
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from _file_names(one, names or key in NAMING)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _file_names(one, names)
