@@ -66,6 +66,7 @@ setup(
     extras_require={
         "demo": DEMO_REQUIRES,
         "megatron": MEGATRON_REQUIRES,
+        "dali": ["nvidia-dali-cuda130"],  # not locked: it comes with CUDA libraries, as torch does
         "dev": DEV_REQUIRES + DEMO_REQUIRES + MEGATRON_REQUIRES,
     },
     entry_points={"console_scripts": ["tetrascope = tetrascope.cli:main"]},

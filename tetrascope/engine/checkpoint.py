@@ -2,7 +2,7 @@
 
 A checkpoint is `checkpoints/step-000123/`: the fp32 master weights and optimizer moments, each saved once by the rank
 that owns it with its place in the whole tensor, so that any layout loads what any other saved; and `state.json` with
-the step (which is the data position too) and the configuration. It is written under a temporary name and renamed when
+the step, the position in the data and the configuration. It is written under a temporary name and renamed when
 complete: a folder with a final name is whole.
 
 What is frozen is saved in the run's own dtype, which loses nothing, and without moments. A run may train other parts
@@ -123,7 +123,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes `folder/step-NNNNNN` for `step` steps taken; every rank calls it. Returns its path.
 
-    description: JSON values kept in state.json beside the step (configuration, model).
+    description: JSON values kept in state.json beside the step (configuration, model, position in the data).
     """
     final = folder / f"step-{step:06d}"
     temporary = folder / f".{final.name}.partial"

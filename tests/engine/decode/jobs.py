@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import signal
@@ -58,10 +59,13 @@ def broken_make(folder: str) -> Callable[[Any], Any]:
     raise ValueError(f"nothing can be made in {folder}")
 
 
-def fill(folder: Path, size: int, first: int) -> int:
-    """Puts 40 arrays of many sizes into a cache and looks at how large it gets; the most bytes that were seen."""
+def fill(folder: Path, size: int, first: int, processes: int) -> int:
+    """Puts arrays of many sizes into a cache, with others, and looks at how large it gets; the most bytes seen."""
     cache, most = DecodeCache(folder, size), 0
-    for number in range(first, first + 40):
+    (folder / f"ready-{os.getpid()}").touch()
+    while len(list(folder.glob("ready-*"))) < processes:
+        time.sleep(0.001)
+    for number in range(first, first + 150):
         side = 8 + number % 24
         pixels = np.full((1, side, side, 3), number % 251, np.uint8)
         cache.put(cache_key(number), pixels)
@@ -73,14 +77,10 @@ def fill(folder: Path, size: int, first: int) -> int:
 
 
 def published(folder: Path) -> int:
-    """Bytes of the finished files of a cache. What goes while it is counted counts for nothing."""
-    total = 0
-    for path in folder.glob("*/*.frames"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
+    """Bytes of the finished files of a cache, while nobody may change it."""
+    with open(folder / "total", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return sum(path.stat().st_size for path in folder.glob("*/*.frames"))
 
 
 def orphan(folder: str) -> None:

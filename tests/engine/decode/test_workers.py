@@ -82,17 +82,12 @@ def test_no_more_is_taken_than_the_bound_allows(tmp_path: Path) -> None:
 
 
 def test_a_death_is_made_good_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pool(tmp_path) as data:
+    with pool(tmp_path, name=lambda task: f"sample {task}") as data:
         found = list(data.map([0, 1, "die once", 3, 4, 5, 6]))
         assert [one if isinstance(one, str) else one[0] for one in found] == [0, 1, "die once", 3, 4, 5, 6]
         assert "a data worker died" in caplog.text and "die once" in caplog.text
         with pytest.raises(UserError, match=r"data worker died twice .* while working on .*sample die"):
-            list(_named(data).map(["pid", "die", "pid"]))
-
-
-def _named(data: DataWorkers[Any, Any]) -> DataWorkers[Any, Any]:
-    data._name = lambda task: f"sample {task}"
-    return data
+            list(data.map(["pid", "die", "pid"]))
 
 
 def test_the_second_death_names_what_was_being_done_and_nothing_else(tmp_path: Path) -> None:

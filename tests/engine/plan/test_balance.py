@@ -53,15 +53,16 @@ def test_one_kind_of_work_alone() -> None:
 
 
 def test_swaps_respect_the_capacity() -> None:
-    """The swap that evens out the work best would overfill the second group."""
-    share = np.array([[1.0, 0], [0.5, 0], [0.2, 0], [0.1, 0]])
-    groups = [[0, 1], [2, 3]]
-    even_out(groups, share, np.array([9, 5, 5, 1]), 10)
-    assert sorted(map(sorted, groups)) == [[0, 1], [2, 3]] or all(
-        sum(np.array([9, 5, 5, 1])[group]) <= 10 for group in groups
-    )
-    even_out(groups, share)
-    assert abs(share[groups[0], 0].sum() - 0.9) < 0.21
+    """Both swaps that even out the work best, to 1.1, would bring a group to 18 tokens; the next best comes to 1.2."""
+    share, tokens = np.array([[1.0, 0], [0.5, 0], [0.2, 0], [0.1, 0]]), np.array([9, 1, 1, 9])
+
+    def evened(*limits: object) -> tuple[float, int]:
+        groups = [[0, 1], [2, 3]]
+        even_out(groups, share, *limits)  # type: ignore[arg-type]
+        return max(float(share[group, 0].sum()) for group in groups), max(int(tokens[group].sum()) for group in groups)
+
+    assert evened() == (1.1, 18)
+    assert evened(tokens, 10) == (1.2, 10)
 
 
 def test_small_micro_batches_come_first_and_last() -> None:

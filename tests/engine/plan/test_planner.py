@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.engine.plan.samples import by_samples, by_tokens, numbers, placed, positions, random_infos, texts
+from tests.engine.plan.samples import by_samples, by_tokens, image, numbers, placed, positions, random_infos, texts
 from tetrascope.engine.config import BatchSection
 from tetrascope.engine.plan import Cursor, Planner, SampleInfo, SourceIndex, StepPlan
 from tetrascope.engine.plan.packing import LONGEST_WAIT
@@ -21,8 +21,8 @@ from tetrascope.parallel.mesh import Layout
 
 LAYOUTS: list[tuple[int, dict[str, int]]] = [(1, {}), (4, {}), (2, {"dp": 3}), (3, {"dp": 2, "tp": 4, "pp": 2})]
 
-# Lengths that fit packs of 100, and the number of packs.
-LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=60)
+# Tokens that fit packs of 100, with patches that do not go with them; and the number of packs.
+SIZES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 9)), min_size=1, max_size=60)
 PACKS = st.integers(1, 9)
 
 
@@ -109,11 +109,11 @@ def test_resume_with_another_number_of_samples_repeats_and_leaves_out_nothing() 
 
 
 @settings(max_examples=60, deadline=None)
-@given(LENGTHS, PACKS, st.integers(0, 5))
+@given(SIZES, PACKS, st.integers(0, 5))
 def test_every_position_once_no_pack_over_capacity_no_wait_without_end(
-    lengths: list[int], packs: int, seed: int
+    sizes: list[tuple[int, int]], packs: int, seed: int
 ) -> None:
-    infos = _enough(lengths, packs * 100)
+    infos = _enough(sizes, packs * 100)
     made = by_tokens(infos, packs, 100, seed)
     steps, looked_at, taken_in = 30, [0], {}
     for step in range(steps):
@@ -136,10 +136,12 @@ def test_every_position_once_no_pack_over_capacity_no_wait_without_end(
 
 
 @settings(max_examples=40, deadline=None)
-@given(LENGTHS, st.sampled_from([(1, 1, 1), (2, 1, 1), (4, 2, 1), (8, 1, 2), (2, 2, 2)]), st.integers(1, 3))
-def test_packs_are_the_same_in_every_layout(lengths: list[int], axes: tuple[int, int, int], per_rank: int) -> None:
+@given(SIZES, st.sampled_from([(1, 1, 1), (2, 1, 1), (4, 2, 1), (8, 1, 2), (2, 2, 2)]), st.integers(1, 3))
+def test_packs_are_the_same_in_every_layout(
+    sizes: list[tuple[int, int]], axes: tuple[int, int, int], per_rank: int
+) -> None:
     dp, tp, pp = axes
-    infos = _enough(lengths, 800 * per_rank)
+    infos = _enough(sizes, 800 * per_rank)
     one, other = by_tokens(infos, 8 * per_rank, 100), by_tokens(infos, 8 * per_rank, 100, dp=dp, tp=tp, pp=pp)
     for step in range(4):
         a, b = one.plan(step), other.plan(step)
@@ -153,11 +155,11 @@ def test_packs_are_the_same_in_every_layout(lengths: list[int], axes: tuple[int,
 
 
 @settings(max_examples=25, deadline=None)
-@given(LENGTHS, PACKS, st.integers(0, 12), st.booleans())
+@given(SIZES, PACKS, st.integers(0, 12), st.booleans())
 def test_resume_from_any_cursor_goes_on_as_if_nothing_had_happened(
-    lengths: list[int], packs: int, cut: int, counted: bool
+    sizes: list[tuple[int, int]], packs: int, cut: int, counted: bool
 ) -> None:
-    infos = _enough(lengths, packs * 100)
+    infos = _enough(sizes, packs * 100)
     assume(not counted or len(infos) >= packs)
 
     def made() -> Planner:
@@ -273,9 +275,10 @@ def test_damaged_cursors_are_refused(raw: object) -> None:
         Cursor.from_json(raw, "here")
 
 
-def _enough(lengths: list[int], budget: int) -> list[SampleInfo]:
-    """The lengths, over and over, until they are a global batch."""
-    return texts(lengths * -(-budget // sum(lengths)))
+def _enough(sizes: list[tuple[int, int]], budget: int) -> list[SampleInfo]:
+    """Samples of these sizes, over and over, until they are a global batch."""
+    infos = [SampleInfo(tokens, 1, (image(1, patches),) if patches else ()) for tokens, patches in sizes]
+    return infos * -(-budget // sum(tokens for tokens, _ in sizes))
 
 
 def _packs(plan: StepPlan) -> set[tuple[int, ...]]:

@@ -87,5 +87,5 @@ def test_files_without_rows(tmp_path: Path, name: str, content: str) -> None:
 
 def test_a_missing_file(tmp_path: Path) -> None:
     for url in (str(tmp_path / "no.jsonl"), "memory://nowhere/no.jsonl"):
-        with pytest.raises(UserError, match="no.jsonl"):
+        with pytest.raises(UserError, match=r"no\.jsonl"):
             JsonRows(url, Store(options=StoreOptions(cache_dir=tmp_path)))

@@ -93,7 +93,7 @@ def test_damage_is_a_user_error(tmp_path: Path) -> None:
         idx.write_bytes(raw)
 
     assert HEADER.size == 34
-    assert "make the data set again" in damaged(set_code)
+    assert "code 99; expected tokens" in damaged(set_code)
     assert "make the data set again" in damaged(other_documents)
 
 

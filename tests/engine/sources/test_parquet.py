@@ -6,6 +6,7 @@ The oracle is the list of rows that the files are written from.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +53,7 @@ IMAGES: dict[str, dict[str, list[Any]]] = {
 
 def write(path: Path, columns: dict[str, list[Any]], rows: slice = slice(None), group: int = 4) -> None:
     ids = list(range(COUNT))[rows]
-    other = ["x" * 10_000] * len(ids)  # a column that nobody asks for
+    other = [os.urandom(10_000) for _ in ids]  # a column that nobody asks for
     table = pa.table({"id": ids, "other": other, **{name: values[rows] for name, values in columns.items()}})
     pq.write_table(table, path, row_group_size=group)
 

@@ -160,7 +160,7 @@ def test_members_with_the_same_key_are_a_sample(tmp_path: Path) -> None:
         **sample("x"),
         "x.cls": b"no part of it",
         ".hidden.json": b"{}",
-        "__meta__.json": b"{}",
+        "__meta__/a.json": b"{}",
         "no-suffix": b"",
         **sample("./dir/z"),
         "y.seg.PNG": b"mask",

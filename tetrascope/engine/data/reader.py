@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import struct
 import zlib
 from collections.abc import Sequence
@@ -36,6 +35,10 @@ BROKEN = (
     zlib.error,
 )
 """What Pillow's plugins raise for files they cannot read, found by feeding them damaged ones or by reading them."""
+
+BROKEN_VIDEO = (BadVideo, UserError, AttributeError, *BROKEN)
+"""What damaged videos raise; PyAV a UnicodeDecodeError for names that are no text, an AttributeError where the codec is
+unknown."""
 
 SIGNATURES = {
     b"<!doctype": "an HTML page",
@@ -105,11 +108,11 @@ class MediaReader:
             frames = len(file.blobs)
             info = VideoInfo(frames, file.fps, width, height, frames / file.fps)
         else:
-            try:
-                with self._store.open(file.blobs[0]) as stream:
+            with self._store.open(file.blobs[0]) as stream:
+                try:
                     info = probe(self._local(file.blobs[0]) or stream)
-            except UserError as error:
-                raise BadSample("broken video", f"{file}: {error}") from error
+                except BROKEN_VIDEO as error:
+                    raise _refused(file, file.blobs[0], stream, error) from error
             self._bound(file, file.blobs[0], (info.width, info.height))
         if file.kind == "video" and info.frames < (self._min_frames or 1):
             raise BadSample("other", f"{file} has {info.frames} frames, at least {self._min_frames} are needed")
@@ -130,7 +133,7 @@ class MediaReader:
             with Image.open(stream) as image:
                 size = image.size
         except BROKEN as error:
-            raise _no_image(file, blob, stream, error) from error
+            raise _refused(file, blob, stream, error) from error
         except Image.DecompressionBombError as error:
             raise BadSample("image bomb", f"{file.kind} {blob}: {error}") from error
         self._bound(file, blob, size)
@@ -173,11 +176,11 @@ class MediaReader:
         key = self._key(blob, FRAMES, *shown)
         found = self._cached(key)
         if found is None:
-            try:
-                with self._store.open(blob) as stream:
+            with self._store.open(blob) as stream:
+                try:
                     found = decode(self._local(blob) or stream, shown)
-            except (BadVideo, UserError) as error:
-                raise BadSample("broken video", f"{file}: {error}") from error
+                except BROKEN_VIDEO as error:
+                    raise _refused(file, blob, stream, error) from error
             self._keep(key, found)
         return [found[shown.index(number)] for number in numbers]
 
@@ -190,7 +193,7 @@ class MediaReader:
                 try:
                     found = [self._decoder.decode(stream)]
                 except BROKEN as error:
-                    raise _no_image(file, blob, stream, error) from error
+                    raise _refused(file, blob, stream, error) from error
                 except Image.DecompressionBombError as error:  # a format that holds further images, such as an icon
                     raise BadSample("image bomb", f"{file.kind} {blob}: {error}") from error
             self._keep(key, found)
@@ -222,9 +225,10 @@ class MediaReader:
             self._cache.put(key, np.stack([np.asarray(one) for one in pictures]))
 
 
-def _no_image(file: MediaFile, blob: Blob, stream: BinaryIO, error: Exception) -> BadSample:
+def _refused(file: MediaFile, blob: Blob, stream: BinaryIO, error: Exception) -> BadSample:
+    """Why a file cannot be read: empty, something else under a wrong name, or damaged."""
     try:
-        stream.seek(0, io.SEEK_SET)
+        stream.seek(0)
         head = stream.read(64)
     except (OSError, ValueError):
         head = b"?"
@@ -233,6 +237,8 @@ def _no_image(file: MediaFile, blob: Blob, stream: BinaryIO, error: Exception) -
     head = head.lstrip().lower()
     found = next((what for signature, what in SIGNATURES.items() if head.startswith(signature)), None)
     found = "an MP4 video" if head[4:8] == b"ftyp" else found
-    if found:
+    if found and not (file.kind == "video" and found.endswith("video")):
         return BadSample("wrong type", f"{file.kind} {blob} is {found}; replace it or remove the sample")
-    return BadSample("not an image", f"{file.kind} {blob} is not readable ({error}); replace it or remove the sample")
+    one_file = file.kind == "video" and len(file.blobs) == 1
+    kind = "broken video" if one_file else "not an image"
+    return BadSample(kind, f"{file.kind} {blob} is not readable ({error}); replace it or remove the sample")

@@ -88,20 +88,14 @@ def pack(items: Sequence[Item], step: int, packs: int, capacity: int) -> list[li
 
 
 def spread(items: Sequence[Item], packs: int) -> list[list[int]]:
-    """All items shared between the packs, however long these become; every pack gets at least one.
+    """All items shared between the packs, however long these become.
 
-    There must be as many items as packs.
+    With at least as many items as packs every pack gets one: all have decoder work, and a pack without any comes first.
     """
     table = _Packs(items, packs, sum(item.tokens for item in items))
     visual, text = _kinds(items, range(len(items)))
-    waiting = len(items)
-    for numbers, choose in ((visual, table.least_vision), (text, table.least_decoder)):
-        for number in numbers:
-            empty = [p for p, members in enumerate(table.packs) if not members]
-            chosen = empty[0] if len(empty) >= waiting else choose(number)
-            if chosen is not None:  # always: there is room for all
-                table.put(number, chosen)
-            waiting -= 1
+    table.place_all(visual, table.least_vision)
+    table.place_all(text, table.least_decoder)
     even_out(table.packs, table.share_I2)
     return [sorted(members) for members in table.packs]
 

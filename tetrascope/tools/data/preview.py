@@ -59,8 +59,8 @@ class Preview:
 def choose(lengths: Sequence[int], samples: int, seed: int) -> list[tuple[int, int]]:
     """(source, place) of some samples: drawn at random in each source, as many of one as of another if it has them."""
     rng = np.random.default_rng(seed)
-    orders = [rng.permutation(length).tolist() for length in lengths]
-    turns = [(place, number) for number, order in enumerate(orders) for place in range(min(len(order), samples))]
+    orders = [rng.permutation(length)[:samples].tolist() for length in lengths]
+    turns = [(place, number) for number, order in enumerate(orders) for place in range(len(order))]
     return sorted((number, orders[number][place]) for place, number in sorted(turns)[:samples])
 
 

@@ -17,9 +17,13 @@ from tetrascope.engine.data.store import Store, is_remote
 from tetrascope.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
+INTEGERS = (1, 2, 3, 4, 5, 8)
+"""Codes of integer types, 8 to 64 bits; the others are floats (DType of
+megatron/core/datasets/indexed_dataset.py)."""
+
 HEADER = struct.Struct("<9sQBQQ")
 """Of the .idx file: MAGIC, version, code of the numbers' type, sequences, documents (_IndexWriter of
-megatron/core/datasets/indexed_dataset.py)."""
+the same file)."""
 
 
 class MegatronTokens:
@@ -51,8 +55,6 @@ class MegatronTokens:
         except (AssertionError, ValueError, OSError) as error:
             raise UserError(f"data: {local}.idx cannot be read ({error}); make the data set again") from error
         index = self._data.index
-        if not np.issubdtype(index.dtype, np.integer):
-            raise UserError(f"data: {local}.bin holds {np.dtype(index.dtype)} numbers; expected tokens")
         ends = index.sequence_pointers + index.sequence_lengths.astype(np.int64) * np.dtype(index.dtype).itemsize
         size = os.path.getsize(f"{local}.bin")
         if len(ends) and ends.max() > size:
@@ -108,9 +110,11 @@ def _check(prefix: Path) -> None:
             ) from error
     with open(f"{prefix}.idx", "rb") as file:
         head = file.read(HEADER.size)
-    magic, version, _, sequences, documents = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
+    magic, version, code, sequences, documents = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
     if magic != MAGIC or version != 1:
         raise UserError(f"data: {prefix}.idx is no index of a Megatron data set (indexed_dataset, version 1)")
+    if code not in INTEGERS:
+        raise UserError(f"data: {prefix}.bin holds numbers of type code {code}; expected tokens, codes {INTEGERS}")
     needed = HEADER.size + sequences * (4 + 8) + documents * 8
     if sizes[".idx"] < needed:
         raise UserError(f"data: {prefix}.idx has {sizes['.idx']} bytes of {needed}; copy the file again")
