@@ -110,12 +110,12 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_corrupt_image_is_found_before_training(tmp_path: Path) -> None:
-    """Found by the ranks, shown once."""
+    """Found when the data is indexed, before any rank starts, and shown once."""
     config = write_config(tmp_path, parallel={"pp": 2})
     (tmp_path / "7.png").write_bytes(b"no picture")
     done = run(*_command("train", str(config)))
     assert done.returncode == 2, done.stderr
-    assert "train.jsonl:8: sample s7: image" in done.stderr
+    assert "sample s7: image" in done.stderr
     assert "is not readable" in done.stderr and "replace it or remove the sample" in done.stderr
     assert done.stderr.count("sample s7") == 1 and "Traceback" not in done.stderr
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,6 +53,7 @@ def train(
     if loaded.output.export_hf:
         check_destination(hf_folder)
     if not launched():
+        _index(setup)
         flags = ["--resume"] if resume else []
         raise typer.Exit(launch(["train", str(config), *(overrides or []), *flags], setup.layout.world, loaded))
     from tetrascope.engine.trainer import train as run
@@ -63,6 +64,15 @@ def train(
     if loaded.output.export_hf and os.environ["RANK"] == "0":
         native_to_hf(outcome.checkpoint, hf_folder, loaded.train.dtype)
         print(f"exported for transformers: {hf_folder}", file=sys.stderr)
+
+
+def _index(setup: Any) -> None:
+    """Indexes the run's data before any rank starts, so that what is wrong with it is said once."""
+    from tetrascope.engine.setup import open_data
+    from tetrascope.tools.data.sources import progress_bar
+
+    with progress_bar() as progress:
+        open_data(setup, progress)
 
 
 def _dry_run(config: Path, overrides: list[str] | None) -> None:

@@ -6,12 +6,15 @@ windows, class tokens, tokens that are dropped or pooled) go through its own mod
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.engine.test_flops import attended_pairs
 from tetrascope.engine import flops
+from tetrascope.engine.config import DataSection
 from tetrascope.engine.data.collate import collate
 from tetrascope.engine.modules import Trained
 from tetrascope.models.family import FAMILIES, Stage, get_family
@@ -95,3 +98,74 @@ def test_published_size_by_hand(
         + blocks * (256 * (QWEN2_VL_7B_PATCH - 2 * 1176 * 1280) + pairs)
         + adaptor * 64 * QWEN2_VL_7B_FEATURE
     )
+
+
+def decoder(layers: int, hidden: int, kv: int, mlp: int, vocab: int, heads: int | None = None) -> int:
+    """FLOP of a token outside attention. heads: width of all query heads together, if not hidden; kv: of the others."""
+    q = heads or hidden
+    return 2 * (layers * (hidden * (q + 2 * kv) + q * hidden + 3 * hidden * mlp) + hidden * vocab)
+
+
+def encoder(rows: int, patch: int, blocks: int, width: int, mlp: int) -> int:
+    """FLOP of one picture in a plain vision transformer without its adaptor; every row attends to every row."""
+    return rows * 2 * (patch * width + blocks * (4 * width**2 + 2 * width * mlp)) + blocks * 4 * width * rows**2
+
+
+def two_layers(rows: int, width: int, middle: int, hidden: int) -> int:
+    return rows * 2 * (width * middle + middle * hidden)
+
+
+# Family and size, a picture, FLOP of it, FLOP of a token outside attention, layers x width of all query heads.
+PUBLISHED = {
+    # CLIP ViT-L/14: 577 rows of 588 numbers, 23 of 24 blocks; Vicuna-7B.
+    ("llava", "7b"): (
+        encoder(577, 588, 23, 1024, 4096) + two_layers(577, 1024, 4096, 4096),
+        decoder(32, 4096, 4096, 11008, 32064),
+        32 * 4096,
+    ),
+    # SigLIP so400m without its last block, two views (the whole picture, one crop of 384 x 384); Qwen2-7B.
+    ("llava_onevision", "7b"): (
+        2 * (encoder(729, 588, 26, 1152, 4304) + two_layers(729, 1152, 3584, 3584)),
+        decoder(28, 3584, 512, 18944, 152128),
+        28 * 3584,
+    ),
+    # InternViT-300M, one tile, 256 features of four patches; InternLM2-1.8B.
+    ("internvl", "internvl2-2b"): (
+        encoder(1025, 588, 24, 1024, 4096) + two_layers(256, 4096, 2048, 2048),
+        decoder(24, 2048, 1024, 8192, 92553),
+        24 * 2048,
+    ),
+    # SigLIP so400m up to the block before the last, 14 x 14 features of four patches; Qwen2-7B.
+    ("longvila", "7b"): (
+        encoder(729, 588, 26, 1152, 4304) + two_layers(196, 4608, 3584, 3584),
+        decoder(28, 3584, 512, 18944, 152064),
+        28 * 3584,
+    ),
+    # 384 x 384 pixels are 24 x 24 patches of 3·2·16·16 numbers; four mergers; Qwen3-8B.
+    ("qwen3_vl", "8b"): (
+        encoder(576, 1536, 27, 1152, 4304) + 4 * two_layers(144, 4608, 4608, 4096),
+        decoder(36, 4096, 1024, 12288, 151936),
+        36 * 4096,
+    ),
+    # 392 x 392 pixels are 28 x 28 patches; SwiGLU of 3420; 4 blocks see all, 28 see windows of 8 or 4 patches a side,
+    # nine times 64, six times 32 and once 16 rows.
+    ("qwen2_5_vl", "7b"): (
+        784 * 2 * (1176 * 1280 + 32 * (4 * 1280**2 + 3 * 1280 * 3420))
+        + 4 * 1280 * (4 * 784**2 + 28 * (9 * 64**2 + 6 * 32**2 + 16**2))
+        + two_layers(196, 5120, 5120, 3584),
+        decoder(28, 3584, 512, 18944, 152064),
+        28 * 3584,
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "size"), PUBLISHED)
+def test_forward_of_other_published_sizes_by_hand(name: str, size: str) -> None:
+    family = get_family(name)
+    config = family.presets[size]()
+    side = 392 if name == "qwen2_5_vl" else 384
+    picture = family.media(config, DataSection(train=Path("x"), tokenizer=Path("x"))).image(side, side, 1)
+    of_picture, of_token, width = PUBLISHED[name, size]
+    assert flops.vision_forward(config, [picture]) == of_picture
+    # A token sees itself and those before it: 4 FLOP a pair for each number of a query.
+    assert flops.language_forward(config, [1000]) == 1000 * of_token + 4 * width * (1000 * 1001 // 2)

@@ -16,8 +16,7 @@ from tests.engine.train_jobs import folder_of_its_own, resume_line, run_steps
 from tests.tiny import write_config
 from tetrascope.engine.checkpoint import latest_checkpoint
 from tetrascope.engine.config import load_config
-from tetrascope.engine.data.dataset import Dataset
-from tetrascope.engine.setup import prepare
+from tetrascope.engine.setup import open_data, prepare
 from tetrascope.tools.checkpoint_convert.native_to_hf import native_to_hf
 from tetrascope.tools.verify.pool import RankFailure, WorkerPool
 
@@ -73,15 +72,18 @@ def test_loss_weights(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     fixed = ["data.shuffle=false", "optimizer.lr=1e-30"]
     alone = run_in(pool, config, tmp_path / "alone", [*fixed, "batch={samples: 1}"], 1, stop=4)
-    # The answer's bytes, and the token that ends it and the line break after it, as far as they are supervised.
-    setup = prepare(load_config(config, fixed), 1)
-    samples = Dataset(setup.config.data, setup.family, setup.model_config, setup.tokenizer).samples
-    counts = np.array([sample.info.supervised for sample in samples])
+    counts = supervised(config)
     assert counts[3] > 50 * counts[0]
     for mode, weights in (("token", counts), ("sample", counts**0), ("sqrt", counts**0.5)):
         options = [*fixed, f"batch={{samples: 4, micro_batches: 2, loss: {mode}}}"]
         (stats,) = run_in(pool, config, tmp_path / mode, [*options, "parallel.dp=2"], 2, stop=1)
         assert stats["loss"] == pytest.approx(np.average(_losses(alone), weights=weights), rel=RELATIVE)
+
+
+def supervised(config: Path) -> np.ndarray:
+    """Supervised tokens of every sample."""
+    setup = prepare(load_config(config, []), 1)
+    return open_data(setup).indexes[0].columns["supervised"]
 
 
 def test_videos_train_in_every_layout(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
@@ -210,10 +212,20 @@ def test_unreadable_image_is_skipped_on_all_ranks(pool: WorkerPool, config: Path
     assert _losses(one) != pytest.approx(_losses(clean), rel=1e-4)
 
 
+def test_what_is_left_of_a_step_with_an_unreadable_image(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
+    """The oracle: the losses of the readable samples alone, weighed by hand. Another sample dropped would show."""
+    fixed = ["data.shuffle=false", "optimizer.lr=1e-30", "data.max_bad_samples=5"]
+    alone = _losses(run_in(pool, config, tmp_path / "alone", [*fixed, "batch={samples: 1}"], 1, stop=8))
+    _truncate(tmp_path, "7.png")
+    (stats,) = run_in(pool, config, tmp_path / "eight", [*fixed, "parallel.dp=2"], 2, stop=1)
+    assert stats["skipped"] == 1
+    assert stats["loss"] == pytest.approx(np.average(alone[:7], weights=supervised(config)[:7]), rel=RELATIVE)
+
+
 def test_too_many_unreadable_images_stop_the_run(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
     _truncate(tmp_path, "7.png")
     _truncate(tmp_path, "9.png")
-    with pytest.raises(RankFailure, match=r"more than data.max_bad_samples=1"):
+    with pytest.raises(RankFailure, match=r"data\.max_bad_samples: 2 samples cannot be used, more than the 1"):
         run_in(pool, config, tmp_path / "run", ["data.max_bad_samples=1", "parallel.pp=2"], 2, stop=3)
 
 

@@ -23,11 +23,14 @@ def run_steps(config: Path, overrides: list[str], stop_after: int, resume: bool)
     trainer.start(resume)
     stats = []
     while trainer.step_number < stop_after:
-        stats.append(asdict(trainer.step(last=trainer.step_number + 1 == stop_after)))
+        stats.append(asdict(trainer.step(stop_after)))
     trainer.save()
     trainer.close()
     found = latest_checkpoint(trainer.checkpoints)
-    return [{**s, "checkpoint": str(found), "skipped_names": sorted(trainer.skipped.values())} for s in stats]
+    return [
+        {**s, "checkpoint": str(found), "skipped_names": sorted(skip.reason for skip in trainer.skipped.seen())}
+        for s in stats
+    ]
 
 
 def resume_line(config: Path, overrides: list[str]) -> str:

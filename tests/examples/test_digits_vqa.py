@@ -335,9 +335,7 @@ def test_missing_input_is_named(
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_malformed_line_is_named(
-    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_malformed_line_is_named(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "test.jsonl").write_text('{"id": "a", "messages": []}\n', encoding="utf-8")
     assert evaluate.main([str(checkpoint), "--data", str(tmp_path)]) == 2
     assert "line 1" in capsys.readouterr().err

@@ -69,6 +69,13 @@ class StoreSection(_Section):
     cache_dir: Path | None = None
 
 
+class CacheSection(_Section):
+    """Decoded pictures and frames kept in the folder `dir`, up to so many `bytes`."""
+
+    dir: Path
+    bytes: PositiveInt
+
+
 class SourceSection(_Section):
     """One source of a mixture.
 
@@ -106,12 +113,14 @@ class SourceSection(_Section):
 class DataSection(_Section):
     """What to train on.
 
-    train: one source, for short. sources: several, drawn from by weight. shuffle: anew in every epoch; false reads the file in
-    its order, for a curriculum. chat: chat format, null for the family's own. max_tokens: longest sample allowed.
+    train: one source, for short. sources: several, drawn from by weight. shuffle: anew in every epoch; false reads the
+    file in its order, for a curriculum. chat: chat format, null for the family's own. max_tokens: longest sample.
     overlong: what becomes of longer ones, an error, dropped, or split between exchanges. max_bad_samples: how many
     samples may be unusable before the run stops, below 1 as a share of all. max_image_pixels: largest image that is
     opened. index_dir: for indexes, by default in output.dir; index_workers: processes that make them, null for as many
-    as there are cores. store: how remote files are read. How images and videos become tokens, null for the
+    as there are cores. workers: processes of each rank that read and decode, 0 for none besides the rank's own;
+    prefetch: steps prepared ahead. decoder: of images, auto, pillow or dali. decode_cache: null for none. store: how
+    remote files are read. How images and videos become tokens, null for the
     family's own choice: min_pixels, max_pixels: area of an image; max_tiles: tiles of an image; fps, min_frames,
     max_frames: frames taken from a video; video_max_pixels: area of a frame.
     """
@@ -134,6 +143,10 @@ class DataSection(_Section):
     max_image_pixels: PositiveInt = 178956970
     index_dir: Path | None = None
     index_workers: PositiveInt | None = None
+    workers: NonNegativeInt = 0
+    prefetch: PositiveInt = 1
+    decoder: str = "auto"
+    decode_cache: CacheSection | None = None
     store: StoreSection = StoreSection()
 
     @pydantic.model_validator(mode="after")

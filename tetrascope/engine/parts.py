@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tetrascope.engine.config import PartName
-from tetrascope.engine.data.dataset import load_tokenizer
+from tetrascope.engine.data.tokenizer import load_tokenizer
 from tetrascope.engine.logical import Shard
 from tetrascope.engine.source import HuggingFaceFolder, Source, read_hf_config
 from tetrascope.errors import UserError

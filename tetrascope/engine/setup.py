@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tetrascope.engine.build import check_layout
 from tetrascope.engine.config import Config, DataSection, validated
-from tetrascope.engine.data.dataset import load_tokenizer
+from tetrascope.engine.data.mixture import Mixture, Progress
+from tetrascope.engine.data.skipped import SkipLog
+from tetrascope.engine.data.tokenizer import load_tokenizer
 from tetrascope.engine.modules import ModuleOptions, family_modules
 from tetrascope.engine.parts import PartsSource, open_parts
 from tetrascope.engine.source import HuggingFaceFolder, Source, random_source, read_hf_config
@@ -71,7 +75,7 @@ def prepare(config: Config, world: int | None) -> Setup:
     """
     family = get_family(config.model.family)
     layout = config.parallel.layout(world)
-    if not config.data.train.is_file():
+    if config.data.train is not None and not config.data.train.exists():
         raise UserError(f"data.train: {config.data.train} does not exist; make it first or fix the path")
     check_writable(config.output.dir)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -82,6 +86,24 @@ def prepare(config: Config, world: int | None) -> Setup:
             "use the tokenizer that belongs to the model"
         )
     return Setup(**vars(_blueprint(config, family, model_config, layout)), tokenizer=tokenizer)
+
+
+def index_folder(config: Config) -> Path:
+    """Where the indexes of a run's sources are kept."""
+    return config.data.index_dir or config.output.dir / "index"
+
+
+def open_data(setup: Setup, progress: Progress | None = None, device: torch.device | str = "cpu") -> Mixture:
+    """The run's sources, indexed.
+
+    Raises UserError when one cannot be read, none of its samples can be used, or more of all samples are bad than
+    `data.max_bad_samples` allows.
+    """
+    folder = index_folder(setup.config)
+    found = Mixture(setup.config.data, setup.family, setup.model_config, setup.tokenizer, folder, progress, device)
+    left_out = found.left_out()
+    SkipLog(None, len(found) + len(left_out), setup.config.data.max_bad_samples).add(left_out)
+    return found
 
 
 def blueprint(config: Config, world: int | None) -> Blueprint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,18 +18,21 @@ from tetrascope.engine.build import StageModel, build_optimizer
 from tetrascope.engine.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from tetrascope.engine.config import Config, validated
 from tetrascope.engine.data.collate import MicroBatch
-from tetrascope.engine.data.dataset import Dataset
 from tetrascope.engine.data.loader import Loader, StepData
-from tetrascope.engine.data.skipped import bad_limit
+from tetrascope.engine.data.samples import Loaded, SampleLoader, Task, sample_loader
+from tetrascope.engine.data.skipped import Skip, SkipLog
 from tetrascope.engine.lr import learning_rate
 from tetrascope.engine.metrics import MetricsLog
 from tetrascope.engine.modules import summary, trained
 from tetrascope.engine.plan import CostModel, Cursor, Planner, StepPlan
-from tetrascope.engine.setup import Setup
+from tetrascope.engine.setup import Setup, index_folder, open_data
 from tetrascope.engine.step import forward_backward
 from tetrascope.engine.storage import from_rank_0
 from tetrascope.errors import UserError
 from tetrascope.parallel.mesh import Mesh
+
+SAID = 10
+"""Skipped samples that are named on the terminal at once."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,9 @@ class Trainer:
         self.setup, self.config = setup, config
         torch.set_num_threads(config.train.threads)
         self.device = device_of_rank(config.train.device)
-        self.dataset = Dataset(config.data, setup.family, setup.model_config, setup.tokenizer)
-        infos = [sample.info for sample in self.dataset.samples]
+        self.data = open_data(setup, device=self.device)
         cost = CostModel(setup.model_config, trained(setup.modules))
-        self.planner = Planner.single(infos, config.train.seed, setup.layout, config.batch, config.data.shuffle, cost)
+        self.planner = Planner(self.data.for_planner(), config.train.seed, setup.layout, config.batch, cost)
         self._made_group = not dist.is_initialized()
         if self._made_group:
             dist.init_process_group("gloo" if self.device.type == "cpu" else "nccl")
@@ -108,12 +111,33 @@ class Trainer:
         )
         self.optimizer = build_optimizer(self.model, config.optimizer, self.device)
         self.loader = Loader(
-            self.dataset, self.planner, setup.family, setup.model_config, self.mesh, self.device, config.train.seed
+            self._sample_loader(),
+            self.planner,
+            setup.family,
+            setup.model_config,
+            self.mesh,
+            self.device,
+            config.train.seed,
+            config.data.workers,
+            config.data.prefetch,
         )
-        self.skipped: dict[tuple[int, int], str] = {}
-        """Why samples (source, number) could not be read."""
+        self.skipped = SkipLog(
+            config.output.dir / "skipped.jsonl" if self.mesh.rank == 0 else None,
+            len(self.data) + len(self.data.left_out()),
+            config.data.max_bad_samples,
+        )
+        self.news: list[Skip] = []
+        """What the last step, or the start, skipped that had not been skipped before."""
         self.step_number = 0
         self.cursor = Cursor()
+
+    def _sample_loader(self) -> Callable[[], Callable[[Task], Loaded]]:
+        """What makes the function that reads samples: in this process from the data that is open here."""
+        setup = self.setup
+        if self.config.data.workers:
+            return SampleLoader(self.config.data, setup.family.name, setup.model_config, index_folder(self.config))
+        here = sample_loader(self.data, setup.family, setup.model_config)
+        return lambda: here
 
     @property
     def checkpoints(self) -> Path:
@@ -133,6 +157,7 @@ class Trainer:
                 f"output.dir: {self.config.output.dir} already holds {found.name}; add --resume to go on from it, "
                 "or choose another output.dir"
             )
+        self._restore_skipped(resume)
         if not found:
             source = self.setup.source()
             self.model.load(source, self.optimizer)
@@ -144,17 +169,27 @@ class Trainer:
         changed = _changed_order(found, self.config)
         return f"going on from {found}, step {self.step_number}{note if fresh else ''}{changed}"
 
-    def step(self, last: bool) -> StepStats:
-        """Takes one optimizer step; `last`: none will follow, do not prepare one.
+    def _restore_skipped(self, resume: bool) -> None:
+        """What was skipped before, by this run and by its indexes."""
+        file = self.config.output.dir / "skipped.jsonl"
+        if resume and file.exists():
+            self.skipped.restore(file.read_text(encoding="utf-8").split("\n"))
+        dist.barrier()  # all have read what rank 0 may now write
+        if not resume and self.mesh.rank == 0:
+            file.unlink(missing_ok=True)
+        self.news = self.skipped.add(self.data.left_out())
 
-        Raises UserError when more images than `data.max_bad_samples` were unreadable, or all of a step's.
+    def step(self, stop: int | None) -> StepStats:
+        """Takes one optimizer step; stop: no step from this number on will be asked for (None: they go on).
+
+        Raises UserError when more samples than `data.max_bad_samples` were unreadable, or all of a step's.
         """
         began = time.monotonic()
-        data = self.loader.get(self.step_number, last)
+        data = self.loader.get(self.step_number, stop)
         waited = time.monotonic() - began
         total_weight = data.plan.weight(self._drop_bad(data))
         if total_weight == 0:
-            raise UserError(f"step {self.step_number + 1}: none of its samples could be read; check the images")
+            raise UserError(f"step {self.step_number + 1}: none of its samples could be read; see skipped.jsonl")
         self.optimizer.zero_grad()
         loss = forward_backward(self.model, self.setup.schedule, data.batches, total_weight)
         norm = self.optimizer.reduce()
@@ -172,27 +207,24 @@ class Trainer:
             flags[place] = 1
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         bad = frozenset(flags.nonzero().flatten().tolist())
-        if bad:
-            self._remember_reasons(data)
+        self.news = self._agree_on_reasons(data) if bad else []
         for batch, micro in zip(data.batches, plan.micro_batches[self.mesh.index("dp")], strict=True):
             for number, place in enumerate(micro.samples):
                 if place in bad:
                     _take_weight(batch, number)
-        if len(self.skipped) > bad_limit(self.config.data.max_bad_samples, len(self.dataset)):
-            raise UserError(
-                f"rank {self.mesh.rank}: {len(self.skipped)} samples could not be read, more than "
-                f"data.max_bad_samples={self.config.data.max_bad_samples:g}; last: {list(self.skipped.values())[-1]}. "
-                "Repair the images or raise the limit"
-            )
         return bad
 
-    def _remember_reasons(self, data: StepData) -> None:
-        """Tells all ranks why samples were skipped: only the ranks that decode them know."""
-        of_ranks: list[dict[int, str]] = [{} for _ in range(dist.get_world_size())]
+    def _agree_on_reasons(self, data: StepData) -> list[Skip]:
+        """Tells all ranks why samples were skipped, which only the ranks that read them know; returns what is new."""
+        of_ranks: list[dict[int, tuple[str, str]]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(of_ranks, data.failures)
-        for place, reason in sorted(item for reasons in of_ranks for item in reasons.items()):
+        told = {place: reason for reasons in of_ranks for place, reason in reasons.items()}
+        skips = []
+        for place, (kind, reason) in sorted(told.items()):
             draw = data.plan.draws[place]
-            self.skipped[draw.source, draw.sample] = reason
+            name, number = self.data.name_of(draw.source, draw.sample)
+            skips.append(Skip(kind, name, number, reason, data.plan.step))
+        return self.skipped.add(skips)
 
     def _stats(self, plan: StepPlan, loss: float, norm: float, lr: float, seconds: float, waited: float) -> StepStats:
         infos = [self.planner.info(draw) for draw in plan.draws]
@@ -264,17 +296,15 @@ def _run(trainer: Trainer, resume: bool) -> Outcome:
     with MetricsLog(config.output.dir, trainer.step_number, steps, active) as log:
         log.say(
             f"{setup.family.name} on {setup.layout}, {trainer.device.type}, {config.train.dtype}, "
-            f"attention: {setup.attention[0]}, {len(trainer.dataset)} samples; "
+            f"attention: {setup.attention[0]}, {len(trainer.data)} samples; "
             f"{summary(setup.family.weights(setup.model_config), setup.modules)}; {origin}"
         )
-        reported = 0
+        _say_skipped(log, trainer)
         while trainer.step_number < steps:
-            last = trainer.step_number + 1 == steps
-            stats = trainer.step(last)
+            stats = trainer.step(steps)
             step = trainer.step_number
-            for reason in list(trainer.skipped.values())[reported:]:
-                log.say(f"skipped, {len(trainer.skipped)} in all: {reason}")
-            reported = len(trainer.skipped)
+            last = step == steps
+            _say_skipped(log, trainer)
             if step % config.train.log_every == 0 or last:
                 log.write(step, _log_values(stats))
             stop = _agree(interrupts.seen, trainer.device)
@@ -287,6 +317,14 @@ def _run(trainer: Trainer, resume: bool) -> Outcome:
             raise UserError(f"train.steps: {steps} leaves nothing to do")
         log.say(f"done: {checkpoint}")
     return Outcome(checkpoint, interrupted=False)
+
+
+def _say_skipped(log: MetricsLog, trainer: Trainer) -> None:
+    """Names what was skipped for the first time; of many at once, as many as can be read."""
+    for skip in trainer.news[:SAID]:
+        log.say(f"skipped, {len(trainer.skipped)} in all: {skip.reason}")
+    if len(trainer.news) > SAID:
+        log.say(f"… and {len(trainer.news) - SAID} more; all are in skipped.jsonl")
 
 
 def _agree(flag: bool, device: torch.device) -> bool:

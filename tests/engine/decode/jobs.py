@@ -65,7 +65,7 @@ def fill(folder: Path, size: int, first: int, processes: int) -> int:
     (folder / f"ready-{os.getpid()}").touch()
     while len(list(folder.glob("ready-*"))) < processes:
         time.sleep(0.001)
-    for number in range(first, first + 150):
+    for number in range(first, first + 80):
         side = 8 + number % 24
         pixels = np.full((1, side, side, 3), number % 251, np.uint8)
         cache.put(cache_key(number), pixels)

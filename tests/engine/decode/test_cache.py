@@ -108,7 +108,7 @@ def test_the_bound_holds_for_all_processes_together(tmp_path: Path) -> None:
     bound = 20_000
     with ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as executor:
         # Two pairs put the same keys, at the same time.
-        jobs = [executor.submit(fill, tmp_path, bound, first, 4) for first in (0, 0, 75, 75)]
+        jobs = [executor.submit(fill, tmp_path, bound, first, 4) for first in (0, 0, 40, 40)]
         most = [job.result(timeout=100) for job in jobs]
     assert bound // 2 < max(most) <= bound
     assert not list(tmp_path.glob("*/*.partial"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ def wait(condition: Callable[[], bool]) -> bool:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_results_come_in_order_and_whole(tmp_path: Path, workers: int) -> None:
+    before = dict(os.environ)
     with pool(tmp_path, workers) as data:
         for tasks in (range(20), range(20, 23), []):
             found = list(data.map(tasks))
@@ -54,9 +56,8 @@ def test_results_come_in_order_and_whole(tmp_path: Path, workers: int) -> None:
         made = len(list(tmp_path.glob("made-*")))
         assert made == 1 if not workers else 1 <= made <= 2
         if workers:
-            before = dict(os.environ)
             assert next(data.map(["threads"])) == ["1", "1", "1"]
-            assert dict(os.environ) == before
+        assert dict(os.environ) == before
         with pytest.raises(BadSample, match="HTML page") as caught:
             list(data.map([1, "bad", 2]))
         assert caught.value.kind == "wrong type"
@@ -97,6 +98,7 @@ def test_the_second_death_names_what_was_being_done_and_nothing_else(tmp_path: P
         pytest.raises(UserError, match=r"died twice .* while working on <die>; look"),
     ):
         list(data.map([0, 1, "die", 3, 4, 5]))
+    assert len(list(tmp_path.glob("made-*"))) == 2
 
 
 def test_an_error_in_making_is_told_as_it_is(tmp_path: Path) -> None:
@@ -119,6 +121,14 @@ def test_no_process_is_left_whatever_ends_the_run(tmp_path: Path, error: type[Ba
     assert time.monotonic() - start < 120, "waited for a task that hangs"
     assert pids and not any(alive(pid) for pid in pids)
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_an_interrupt_reaches_only_the_owner(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pool(tmp_path, 1) as data:
+        (pid,) = data.map(["pid"])
+        os.kill(pid, signal.SIGINT)
+        assert list(data.map(["pid"])) == [pid]
+    assert not caplog.text
 
 
 def test_closing_ends_a_thread_that_waits_and_starts_nothing(tmp_path: Path) -> None:

@@ -65,6 +65,18 @@ def test_swaps_respect_the_capacity() -> None:
     assert evened(tokens, 10) == (1.2, 10)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 100), COST), min_size=3, max_size=40), st.integers(2, 5))
+def test_many_swaps_respect_it_too(members: list[tuple[int, Cost]], count: int) -> None:
+    tokens, costs = np.array([n for n, _ in members]), [cost for _, cost in members]
+    groups = [list(range(number, len(members), count)) for number in range(min(count, len(members)))]
+    capacity, before = max(int(tokens[group].sum()) for group in groups), worst(groups, costs)
+    even_out(groups, shares(costs, len(groups)), tokens, capacity)
+    assert sorted(itertools.chain(*groups)) == list(range(len(members)))
+    assert max(int(tokens[group].sum()) for group in groups) <= capacity
+    assert worst(groups, costs) <= before + 1e-9
+
+
 def test_small_micro_batches_come_first_and_last() -> None:
     share = np.array([[w, 0] for w in (3.0, 1.0, 5.0, 2.0, 4.0)])
     order = pipeline_order([0, 1, 2, 3, 4], share)

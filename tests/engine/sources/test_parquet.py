@@ -73,6 +73,7 @@ def test_columns_of_every_form(tmp_path: Path, texts: str, images: str) -> None:
         assert found.name == str(i)
         question = (found.messages or [])[0]["content"]
         assert [part["type"] for part in question] == ["image", "text"]
+        assert set(question[0]) == {"type", "image"}
         assert question[1] == {"type": "text", "text": f"What is {i}?"}  # without the None that Arrow fills in
         assert (found.messages or [])[1]["content"] == [{"type": "text", "text": f"It is {i}."}]
         assert [blob.data for file in found.files for blob in file.blobs] == [BYTES[i]]

@@ -193,23 +193,31 @@ def image(name: str | None = None) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("parts", "row", "expected"),
     [
-        ([image()] * 3, {}, [2, 0, 10]),  # the one without a number, then by number: 0 before 10
-        ([image("10.jpg"), image(), image()], {}, [10, 2, 0]),  # those that are named, and the others
-        ([image("d/k.10.jpg"), image("k.jpg"), image("0.jpg")], {}, [10, 2, 0]),
-        ([image("jpg"), image("jpg"), image("k.0.jpg"), image("k.10.jpg")], {}, [2, 2, 0, 10]),
-        ([image()] * 2, {"images": ["k.10.jpg", "0.jpg"]}, [10, 0]),  # the row's own list is all there is
-        ([image()], {"image": "k.0.jpg"}, [0]),
-        ([{"type": "image_url", "image_url": {"url": "k.0.jpg"}}, image(), image()], {}, [0, 2, 10]),
-        ([{"type": "video", "video": ["0.jpg", "10.jpg"]}, image()], {}, [0, 10, 2]),
-        ([image()] * 3 + [{"type": "text", "text": "jpg"}], {"caption": "0.jpg"}, [2, 0, 10]),  # no names: texts
+        ([image()] * 3, {}, [2, 9, 10]),  # the one without a number, then by number: 9 before 10
+        ([image("10.jpg"), image(), image()], {}, [10, 2, 9]),  # those that are named, and the others
+        ([image("d/k.10.jpg"), image("k.jpg"), image("9.jpg")], {}, [10, 2, 9]),
+        ([image("jpg"), image("jpg"), image("k.9.jpg"), image("k.10.jpg")], {}, [2, 2, 9, 10]),
+        ([image()] * 2, {"images": ["k.10.jpg", "9.jpg"]}, [10, 9]),  # the row's own list is all there is
+        ([image()], {"image": "k.9.jpg"}, [9]),
+        ([{"type": "image_url", "image_url": {"url": "k.9.jpg"}}, image(), image()], {}, [9, 2, 10]),
+        ([{"type": "video", "video": ["9.jpg", "10.jpg"]}, image()], {}, [9, 10, 2]),
+        ([image()] * 3 + [{"type": "text", "text": "jpg"}], {"caption": "9.jpg"}, [2, 9, 10]),  # no names: texts
     ],
 )
 def test_several_images(tmp_path: Path, parts: list[Any], row: dict[str, Any], expected: list[int]) -> None:
-    data = {"d/k.10.jpg": b"10", "d/k.0.jpg": b"0", "d/k.jpg": b"2"}
+    data = {"d/k.10.jpg": b"10", "d/k.9.jpg": b"9", "d/k.jpg": b"2"}
     line = {"id": "s", "messages": [{"role": "user", "content": parts}], **row}
     source = open_one(tmp_path, {**data, "d/k.json": json.dumps(line).encode()})
     assert contents(source.record(0)) == [str(i).encode() for i in expected]
     assert source.record(0).name == "s"
+
+
+def test_a_fuller_name_counts_before_a_suffix(tmp_path: Path) -> None:
+    """Of 0.jpg and 0.0.jpg, samples of the key 0, the second's suffix is the first's name."""
+    parts = [image("0.jpg"), image("0.0.jpg")]
+    members = {"0.json": json.dumps({"messages": [{"role": "user", "content": parts}]}).encode()}
+    for images in ({"0.jpg": b"a", "0.0.jpg": b"b"}, {"0.0.jpg": b"b", "0.jpg": b"a"}):
+        assert contents(open_one(tmp_path, {**images, **members}).record(0)) == [b"a", b"b"]
 
 
 def test_llava_rows(tmp_path: Path) -> None:
@@ -276,8 +284,23 @@ def test_every_cut_loses_only_what_is_cut(tmp_path: Path) -> None:
                 assert error.kind == "truncated tar" and i == len(source) - 1, (cut, error)
         keys = ["z"] + ["a"] * (cut >= ends[1]) + ["b"] * (cut >= ends[3])
         assert good == [sample(key)[f"{key}.jpg"] for key in keys], cut
+        if cut == marker:
+            assert "without an end marker" in str(source.damage[0])
     path.write_bytes(whole[: marker + 512])
     assert not WebDataset(str(tmp_path / "shard-*.tar"), Store(str(tmp_path))).damage
+
+
+def test_a_sample_whose_member_is_cut_is_left_out(tmp_path: Path) -> None:
+    """Even where what is left of it would make a sample: a caption with one of its two images."""
+    members = {"a.txt": b"One.", "a.jpg": b"a", "b.txt": b"Two.", "b.0.jpg": b"b" * 900, "b.1.jpg": b"c" * 900}
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members)[: 9 * 512 + 1024])
+    source = WebDataset(str(tmp_path / "a.tar"), Store())
+    assert [source.record(i).name for i in range(len(source))] == ["a"]
+    assert "b.1.jpg" in str(source.damage[0])
+    members |= {"b.1.npy": members.pop("b.1.jpg")}  # nothing that is used
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members)[: 9 * 512 + 1024])
+    source = WebDataset(str(tmp_path / "a.tar"), Store())
+    assert [source.record(i).name for i in range(len(source))] == ["a", "b"]
 
 
 @pytest.mark.parametrize("bad", [b"\xff" * 512, b"<html>".ljust(512), b"\x80" + b"\xff" * 11])

@@ -7,9 +7,12 @@ another document, takes the wrong key head, or puts rows back in the wrong order
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tetrascope.errors import UserError
 from tetrascope.models.layers.attention import KERNELS, pick_attention
@@ -89,6 +92,29 @@ def test_sdpa_equals_reference(lengths: tuple[int, ...], heads: tuple[int, int],
     gradients = [torch.autograd.grad(out.square().sum(), inputs) for out in outputs]
     for ours, theirs in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True):
         assert_close(ours, theirs)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]
+        self.elements = max(self.elements, *made, 0)
+        return out
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [(16,) * 64, (16, 12) * 32, (1,) * 700 + (2,) * 162])
+def test_nothing_of_the_size_of_a_mask_over_the_pack_is_made(lengths: tuple[int, ...], causal: bool) -> None:
+    """Many frames of a video: 1,024 rows or so. A mask over all of them would have a million elements."""
+    q, k, v = (x.requires_grad_() for x in random_inputs(sum(lengths), (2, 2)))
+    with Largest() as seen:
+        KERNELS["sdpa"](q, k, v, Packed(lengths), causal=causal).sum().backward()
+    assert q.numel() <= seen.elements <= 3 * q.numel()  # the three of query, key and value at most
+    assert seen.elements < sum(lengths) ** 2 / 16
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -191,7 +191,7 @@ def test_parameters_by_hand() -> None:
         ({"vision_config.vision_use_head": True}, "vision_use_head is True; only False"),
         ({"vision_config": {"model_type": "clip_vision_model"}}, "vision_config.model_type is 'clip_vision_model'"),
         ({"text_config": {"model_type": "llama"}}, "text_config.model_type is 'llama'; only 'qwen2'"),
-        ({"vision_feature_select_strategy": "cls"}, "cannot read it: [^|]*vision_feature_select_strategy"),
+        ({"vision_feature_select_strategy": "cls"}, r"config\.json: [^|]*vision_feature_select_strategy"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
         ({"multimodal_projector_bias": False}, "multimodal_projector_bias is False"),
         ({"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy is 'default'"),

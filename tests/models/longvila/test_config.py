@@ -134,8 +134,10 @@ def test_rotary_base_in_the_form_of_transformers_5() -> None:
 def test_a_vocabulary_without_room_for_an_image_token() -> None:
     # Stages that resized the embedding to the tokenizer: its padding token stands for images then.
     assert FAMILY.from_hf(changed("llm", vocab_size=151648, pad_token_id=151647)).image_token_id == 151647
+    # Published ones name none: Qwen2's tokenizers pad with <|endoftext|>, which ends no turn.
+    assert FAMILY.from_hf(changed("llm", vocab_size=151648, pad_token_id=None)).image_token_id == 151643
     with pytest.raises(UserError, match="image_token_id: 151645 is eos_token_id too"):
-        FAMILY.from_hf(changed("llm", vocab_size=151646, pad_token_id=None))
+        FAMILY.from_hf(changed("llm", vocab_size=151648, pad_token_id=151645))
 
 
 def by_hand(hidden: int, intermediate: int, kv_width: int, vocab: int, tied: bool) -> int:

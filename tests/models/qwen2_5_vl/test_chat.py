@@ -11,7 +11,10 @@ from PIL import Image
 
 from tests.tiny import write_tokenizer
 from tetrascope.engine.config import DataSection, validated
-from tetrascope.engine.data.dataset import Dataset, load_tokenizer
+from tetrascope.engine.data.mixture import Mixture
+from tetrascope.engine.data.samples import Loaded, Task, load_sample
+from tetrascope.engine.data.tokenizer import load_tokenizer
+from tetrascope.models.media import Media
 from tetrascope.models.qwen2_5_vl import FAMILY
 
 SHAPES = {
@@ -28,7 +31,8 @@ def picture(path: Path, seed: int) -> str:
     return path.name
 
 
-def opened(folder: Path, messages: list[dict[str, Any]]) -> Dataset:
+def opened(folder: Path, messages: list[dict[str, Any]]) -> tuple[Loaded, tuple[Media, ...], Any]:
+    """A sample of these messages, its images and videos, and the model's configuration."""
     write_tokenizer(folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
     config = validated(FAMILY.config_class, FAMILY.complete(SHAPES, tokenizer), "model.config")
@@ -36,7 +40,8 @@ def opened(folder: Path, messages: list[dict[str, Any]]) -> Dataset:
     section = DataSection(
         train=folder / "train.jsonl", tokenizer=folder / "tokenizer", max_pixels=140 * 112, video_max_pixels=140 * 112
     )
-    return Dataset(section, FAMILY, config, tokenizer)
+    mixture = Mixture(section, FAMILY, config, tokenizer, folder / "index")
+    return load_sample(mixture, FAMILY, config, Task(0, 0, True)), mixture.indexes[0][0].media, config
 
 
 def test_a_sample_from_its_file_to_tensors(tmp_path: Path) -> None:
@@ -46,8 +51,8 @@ def test_a_sample_from_its_file_to_tensors(tmp_path: Path) -> None:
         {"type": "video", "video": clip, "fps": 2.0},
         {"type": "text", "text": "?"},
     ]
-    dataset = opened(tmp_path, [{"role": "user", "content": user}, {"role": "assistant", "content": "yes"}])
-    sample, (image, video) = dataset.samples[0], dataset.samples[0].info.media
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": "yes"}]
+    sample, (image, video), config = opened(tmp_path, messages)
 
     # Pictures of 140 x 112 pixels are 4 x 5 merged patches: a window of 16 and one of 4. Eight frames make four steps,
     # a second apart, that is two temporal positions.
@@ -63,7 +68,6 @@ def test_a_sample_from_its_file_to_tensors(tmp_path: Path) -> None:
     learned = sample.ids_T[sample.supervised_T].tolist()
     assert tokenizer.decode(learned, skip_special_tokens=False) == "yes<|im_end|>"
 
-    config = dataset._config
     positions = FAMILY.positions(config, sample.ids_T, (image, video), (0, 0, 0))
     clip_T = sample.ids_T == config.video_token_id
     start = positions[0, np.flatnonzero(clip_T)[0]]
@@ -71,8 +75,7 @@ def test_a_sample_from_its_file_to_tensors(tmp_path: Path) -> None:
     after = np.flatnonzero(clip_T)[-1] + 1
     assert positions[:, after].tolist() == [start + 7] * 3  # past the last frame, by the paper's rule
 
-    rows = dataset.patches(0)
-    assert [len(one) for one in rows] == [80, 320] and all(one.dtype == np.float32 for one in rows)
+    assert sample.rows is not None and sample.rows.shape == (80 + 320, 1176) and sample.rows.dtype == np.float32
 
 
 def test_agents_and_boxes_are_there_too(tmp_path: Path) -> None:
@@ -83,8 +86,8 @@ def test_agents_and_boxes_are_there_too(tmp_path: Path) -> None:
         {"type": "return", "text": "done"},
     ]
     user = {"role": "user", "content": [{"type": "image", "image": first}]}
-    sample = opened(tmp_path, [user, {"role": "assistant", "content": steps}]).samples[0]
+    sample, shown, _ = opened(tmp_path, [user, {"role": "assistant", "content": steps}])
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     learned = tokenizer.decode(sample.ids_T[sample.supervised_T].tolist(), skip_special_tokens=False)
     assert learned == '*FUNCTION*: tap\n*ARGS*: {"point": [500, 500]}\n*RESULT*:*RETURN*: done<|im_end|>'
-    assert [one.tokens for one in sample.info.media] == [20, 20]
+    assert [one.tokens for one in shown] == [20, 20]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tetrascope.engine.data.dataset import load_tokenizer
+from tetrascope.engine.data.tokenizer import load_tokenizer
 
 PREPARE = Path(__file__).resolve().parents[3] / "examples" / "digits_vqa" / "prepare.py"
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tetrascope.engine.config import validated
-from tetrascope.engine.data.files import media_files
+from tetrascope.engine.data.sources.base import Blob
+from tetrascope.engine.data.sources.conversation import record
 from tetrascope.errors import UserError
 from tetrascope.models.qwen2_vl import FAMILY
 from tetrascope.models.qwen2_vl.chat import ChatML, render
@@ -85,10 +85,10 @@ def test_what_is_learned(tokenizer: Any) -> None:
 
 
 def test_pictures_of_results_are_files_of_the_sample() -> None:
-    files = media_files(MESSAGES, Path("data"))
-    assert [(file.kind, file.paths) for file in files] == [
-        ("image", (Path("data/screen.png"),)),
-        ("image", (Path("data/after.png"),)),
+    files = record({"messages": MESSAGES}, "x", lambda path: f"data/{path}").files
+    assert [(file.kind, file.blobs) for file in files] == [
+        ("image", (Blob("data/screen.png"),)),
+        ("image", (Blob("data/after.png"),)),
     ]
 
 

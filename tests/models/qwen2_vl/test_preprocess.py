@@ -1,8 +1,8 @@
 """Pictures to patch rows.
 
 The grid comes from the header alone, long before pixels are decoded; the oracle is the grid that transformers'
-processor returns for real pixels. A difference would make a run stop at the first such picture. The rows' order and scale are
-checked against pictures whose every patch has a value of its own.
+processor returns for real pixels. A difference would make a run stop at the first such picture. The rows' order and
+scale are checked against pictures whose every patch has a value of its own.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from tests.tiny import write_tokenizer
 from tetrascope.engine.config import validated
-from tetrascope.engine.data.dataset import load_tokenizer
+from tetrascope.engine.data.tokenizer import load_tokenizer
 from tetrascope.errors import UserError
 from tetrascope.models.media import Media
 from tetrascope.models.qwen2_vl.config import media

@@ -24,23 +24,23 @@ class ScriptedTrainer:
 
     def __init__(self, slow: int) -> None:
         self.slow, self.number = slow, 0
-        self.lasts: list[bool] = []
+        self.stops: list[int | None] = []
         self.device = torch.device("cpu")
         self.config = SimpleNamespace(train=SimpleNamespace(dtype="float32"))
         self.loader = SimpleNamespace(close=lambda: None)
 
-    def step(self, last: bool) -> StepStats:
-        self.lasts.append(last)
+    def step(self, stop: int | None) -> StepStats:
+        self.stops.append(stop)
         self.number += 1
         time.sleep(WARMUP_SECONDS if self.number <= self.slow else STEP_SECONDS)
         wait = dist.get_rank() + self.number / 100
         return StepStats(1.0, 1.0, 1.0, self.number, 1, 0, 1.0, 1.0, 99.0, wait)
 
 
-def measure_scripted(warmup: int, steps: int) -> tuple[Measurement, list[bool], int]:
-    """The measurement, what each step was told of being the last, and the number of steps announced."""
+def measure_scripted(warmup: int, steps: int) -> tuple[Measurement, list[int | None], int]:
+    """The measurement, after which step each was told there are none, and the number of steps announced."""
     trainer = ScriptedTrainer(slow=warmup)
     announced: list[None] = []
     with mock.patch("tetrascope.tools.bench.peak.WINDOW_SECONDS", 0.1):
         measurement = measure(cast("Any", trainer), warmup, steps, lambda: announced.append(None))
-    return measurement, trainer.lasts, len(announced)
+    return measurement, trainer.stops, len(announced)

@@ -10,8 +10,8 @@ from tetrascope.tools.verify.pool import WorkerPool
 
 def test_warm_up_is_taken_but_not_timed(pool: WorkerPool) -> None:
     ranks = pool.run(measure_scripted, 2, 3, world=2)
-    for measurement, lasts, announced in ranks:
-        assert lasts == [False] * 5
+    for measurement, stops, announced in ranks:
+        assert stops == [None] * 5
         assert announced == 5
         assert [step.tokens for step in measurement.steps] == [3, 4, 5]
         assert len(measurement.seconds) == 3

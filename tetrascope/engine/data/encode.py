@@ -37,13 +37,13 @@ class Encoder:
     def __init__(self, family: Family, config: Any, chat: Chat, reader: MediaReader) -> None:
         self._family, self._config, self._chat, self.reader = family, config, chat, reader
 
-    def encode(self, record: Record) -> Encoded:
-        """Raises BadSample for a record that cannot be used."""
+    def encode(self, record: Record, media: tuple[Media, ...] | None = None) -> Encoded:
+        """Raises BadSample for a record that cannot be used. media: of its files, None to look at their headers."""
         if record.tokens is not None:
             return self._text(record.name, record.tokens)
         messages = record.messages or []
         try:
-            media = self.reader.describe(record.files)
+            media = self.reader.describe(record.files) if media is None else media
             ids, supervised = self._chat.encode(messages, media)
             self._family.positions(self._config, ids, media, (0, 0, 0))  # whether visual tokens and media agree
         except BadSample as error:

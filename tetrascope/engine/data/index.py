@@ -33,7 +33,10 @@ COLUMNS = ("number", "first", "last", "tokens", "supervised")
 
 @dataclass(frozen=True)
 class Bad:
-    """A sample that was left out, or (kind `split`) is there in parts. kind: one of BAD_KINDS, dropped or split."""
+    """A sample that was left out, or (kind `split`) is there in parts. kind: one of BAD_KINDS, dropped or split.
+
+    number: negative for damage to a file of the source that hides samples, which then have no numbers.
+    """
 
     number: int
     kind: str

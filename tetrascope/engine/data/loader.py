@@ -1,7 +1,9 @@
-"""Prepares the micro-batches of the next step while the current one runs."""
+"""Prepares the micro-batches of the next steps while the current one runs."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +12,9 @@ import numpy as np
 import torch
 
 from tetrascope.engine.data.collate import Document, MicroBatch, collate
-from tetrascope.engine.data.dataset import Dataset
-from tetrascope.engine.data.files import BadMedia
+from tetrascope.engine.data.decode.pinned import pinned
+from tetrascope.engine.data.decode.workers import DataWorkers
+from tetrascope.engine.data.samples import Loaded, Task
 from tetrascope.engine.plan import Planner, StepPlan
 from tetrascope.models.family import Family
 from tetrascope.parallel.mesh import Mesh
@@ -19,79 +22,95 @@ from tetrascope.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class StepData:
-    """A step's plan, this rank's micro-batches, and why images could not be decoded here, by draw (its place)."""
+    """A step's plan, this rank's micro-batches, and what was wrong (kind, reason) with draws that could not be read
+    here, by their place."""
 
     plan: StepPlan
     batches: list[MicroBatch]
-    failures: dict[int, str]
+    failures: dict[int, tuple[str, str]]
 
 
 class Loader:
-    """Builds `StepData` for consecutive steps, one step ahead, in a background thread.
+    """Builds `StepData` for consecutive steps, up to `ahead` of them before they are asked for, in a background thread.
 
-    Only stage 0 decodes images. A sample that cannot be decoded keeps its place, so that no shape changes on any
-    rank, with blank pixels; the trainer takes its weight away on all ranks.
+    make: gives the function that reads a sample, in each of `workers` processes, or here when there are none. Only
+    stage 0 decodes images. A sample that cannot be read keeps its place, so that no shape changes on any rank, with
+    blank contents; the trainer takes its weight away on all ranks.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        make: Callable[[], Callable[[Task], Loaded]],
         planner: Planner,
         family: Family,
         config: Any,
         mesh: Mesh,
         device: torch.device,
         seed: int,
+        workers: int = 0,
+        ahead: int = 1,
     ) -> None:
-        self._dataset, self._planner, self._family, self._config = dataset, planner, family, config
-        self._mesh, self._device, self._seed = mesh, device, seed
+        self._planner, self._family, self._config = planner, family, config
+        self._mesh, self._device, self._seed, self._ahead = mesh, device, seed, ahead
+        self._workers: DataWorkers[Task, Loaded] = DataWorkers(make, workers)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        self._next: tuple[int, Future[StepData]] | None = None
+        self._coming: deque[tuple[int, Future[StepData]]] = deque()
 
-    def get(self, step: int, last: bool) -> StepData:
-        """The data of a step; starts on the step after it unless this is the last."""
-        if self._next is None or self._next[0] != step:
-            self._next = (step, self._executor.submit(self._prepare, step))
-        data = self._next[1].result()
-        self._next = None if last else (step + 1, self._executor.submit(self._prepare, step + 1))
-        return data
+    def get(self, step: int, stop: int | None) -> StepData:
+        """The data of a step; goes on to the steps after it, but not to step `stop` (None: there is no last one)."""
+        if not self._coming or self._coming[0][0] != step:
+            for _, future in self._coming:
+                future.cancel()
+            self._coming.clear()
+        first = self._coming[-1][0] + 1 if self._coming else step
+        for coming in range(first, step + 1 + self._ahead):
+            if coming == step or stop is None or coming < stop:
+                self._coming.append((coming, self._executor.submit(self._prepare, coming)))
+        return self._coming.popleft()[1].result()
 
     def close(self) -> None:
-        """Stops the thread."""
+        """Ends the thread and the worker processes."""
+        for _, future in self._coming:
+            future.cancel()
+        self._workers.close()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _prepare(self, step: int) -> StepData:
         plan = self._planner.plan(step)
-        failures: dict[int, str] = {}
+        failures: dict[int, tuple[str, str]] = {}
+        micros = plan.micro_batches[self._mesh.index("dp")]
+        places = [place for micro in micros for place in micro.samples]
+        draws = [plan.draws[place] for place in places]
+        tasks = [Task(draw.source, draw.sample, self._mesh.first_stage) for draw in draws]
+        documents = {}
+        for place, loaded in zip(places, self._workers.map(tasks), strict=True):
+            if loaded.failure is not None:
+                failures[place] = loaded.failure
+            documents[place] = self._document(plan, place, loaded)
         batches = []
-        for micro in plan.micro_batches[self._mesh.index("dp")]:
-            documents = [self._document(plan, place, failures) for place in micro.samples]
-            batches.append(
-                collate(
-                    documents,
-                    self._family,
-                    self._config,
-                    micro.rows,
-                    self._mesh.size("tp"),
-                    self._mesh.index("tp"),
-                    self._mesh.first_stage,
-                    self._device,
-                )
+        for micro in micros:
+            batch = collate(
+                [documents[place] for place in micro.samples],
+                self._family,
+                self._config,
+                micro.rows,
+                self._mesh.size("tp"),
+                self._mesh.index("tp"),
+                self._mesh.first_stage,
+                torch.device("cpu"),
             )
+            batches.append(pinned(batch, self._device))
         return StepData(plan, batches, failures)
 
-    def _document(self, plan: StepPlan, place: int, failures: dict[int, str]) -> Document:
-        """A drawn sample, ready to be packed; a failure to read its images is noted under its place."""
-        number, epoch = plan.draws[place].sample, plan.draws[place].epoch
-        sample = self._dataset.samples[number]
-        patches = None
-        if self._mesh.first_stage and sample.files:
-            try:
-                patches = np.concatenate(self._dataset.patches(number))
-            except BadMedia as error:
-                failures[place] = str(error)
-                patches = np.zeros((sample.info.patches, self._config.vision.patch_width), dtype=np.float32)
-        weights = sample.supervised_T.astype(np.float32) * np.float32(plan.token_weight(place))
-        draw = (self._seed, number, epoch)
-        positions_AT = self._family.positions(self._config, sample.ids_T, sample.info.media, draw)
-        return Document(sample.ids_T, positions_AT, weights, sample.info.media, patches)
+    def _document(self, plan: StepPlan, place: int, loaded: Loaded) -> Document:
+        """A drawn sample, ready to be packed."""
+        draw = plan.draws[place]
+        info = self._planner.info(draw)
+        weights = loaded.supervised_T.astype(np.float32) * np.float32(plan.token_weight(place))
+        if loaded.failure is None:
+            key = (self._seed, draw.sample, draw.epoch)
+            positions = self._family.positions(self._config, loaded.ids_T, info.media, key)
+        else:
+            axes = len(self._family.positions(self._config, np.zeros(0, dtype=np.int64), (), (0, 0, 0)))
+            positions = np.zeros((axes, info.tokens), dtype=np.int64)
+        return Document(loaded.ids_T, positions, weights, info.media, loaded.rows)

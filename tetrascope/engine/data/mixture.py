@@ -7,6 +7,7 @@ all ranks and later runs read.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,9 +17,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from filelock import FileLock
 
 from tetrascope.engine.config import DataSection, SourceSection
+from tetrascope.engine.data.decode.cache import DecodeCache
+from tetrascope.engine.data.decode.images import pick_decoder
 from tetrascope.engine.data.encode import Encoded, Encoder, part_of
 from tetrascope.engine.data.index import Bad, Index, build_index, fingerprint, index_rows, load_index
 from tetrascope.engine.data.reader import MediaReader
@@ -30,7 +35,7 @@ from tetrascope.engine.data.tokenizer import load_tokenizer, tokenizer_files
 from tetrascope.engine.plan import SourceIndex
 from tetrascope.errors import UserError
 from tetrascope.models.family import Family, get_family
-from tetrascope.models.media import MEDIA_OPTIONS
+from tetrascope.models.media import MEDIA_OPTIONS, Media
 
 CHUNK = 256
 """Records that a worker indexes at a time."""
@@ -51,31 +56,59 @@ class DataPart:
     encoder: Encoder
 
     def sample(self, index: Index, place: int) -> tuple[Record, Encoded]:
-        """An indexed sample, encoded anew. Raises BadSample when it is no longer what the index says."""
+        """An indexed sample, encoded anew without a look at its images: these are taken to be as they were indexed.
+
+        Raises BadSample when it is no longer what the index says.
+        """
         row = index.row(place)
         record = part_of(self.source.record(row.number), row.first, row.last)
-        found = self.encoder.encode(record)
-        if (len(found.ids_T), found.targets, found.media) != (row.info.tokens, row.info.supervised, row.info.media):
+        found = self.encoder.encode(record, row.info.media)
+        if (len(found.ids_T), found.targets) != (row.info.tokens, row.info.supervised):
             raise BadSample("changed", f"sample {record.name}: is not what it was when it was indexed; index it again")
         return record, found
 
+    def rows(self, record: Record, media: Sequence[Media]) -> np.ndarray:
+        """Patch rows float32 `[n, P]` of all images and videos of a sample. Raises BadSample for one that fails."""
+        reader = self.encoder.reader
+        try:
+            return np.concatenate([reader.rows(f, m) for f, m in zip(record.files, media, strict=True)])
+        except BadSample as error:
+            raise BadSample(error.kind, f"sample {record.name}: {error}") from error
 
-def open_part(section: SourceSection, options: DataSection, family: Family, config: Any, tokenizer: Any) -> DataPart:
-    """Opens a source. Raises UserError when it cannot be read."""
+
+def open_part(
+    section: SourceSection,
+    options: DataSection,
+    family: Family,
+    config: Any,
+    tokenizer: Any,
+    device: torch.device | str = "cpu",
+) -> DataPart:
+    """Opens a source. device: of this rank, where images may be decoded. Raises UserError when it cannot be read."""
     store_options = StoreOptions(**options.store.model_dump())
     root = section.root or _folder(section.path)
-    source = open_source(section.path, section.format, Store(root, store_options), section.options)
+    store = Store(root, store_options)
+    source = open_source(section.path, section.format, store, section.options)
     own = options.model_copy(update={key: value for key, value in section.media().items() if value is not None})
     chat = family.chats[section.chat or options.chat or next(iter(family.chats))](config, tokenizer)
+    cached = options.decode_cache
     reader = MediaReader(
-        family.media(config, own), Store(None, store_options), config.vision.patch, own.min_frames, own.max_image_pixels
+        family.media(config, own),
+        store,
+        config.vision.patch,
+        own.min_frames,
+        own.max_image_pixels,
+        pick_decoder(options.decoder, device),
+        DecodeCache(cached.dir, cached.bytes) if cached else None,
     )
     return DataPart(section, source, Encoder(family, config, chat, reader))
 
 
 def _folder(path: str) -> str:
     """The folder of a source's file: relative paths are taken from it, and none may lead out of it."""
-    return path.rsplit("/", 1)[0] if is_remote(path) else str(Path(path).absolute().parent)
+    if is_remote(path):
+        return path.rsplit("/", 1)[0]
+    return str(Path(path).absolute() if Path(path).is_dir() else Path(path).absolute().parent)
 
 
 class Mixture:
@@ -92,15 +125,20 @@ class Mixture:
         tokenizer: Any,
         index_dir: Path,
         progress: Progress | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.options = options
-        self.parts = [open_part(section, options, family, config, tokenizer) for section in options.all_sources()]
+        self.parts = [open_part(s, options, family, config, tokenizer, device) for s in options.all_sources()]
         self.indexes = [
             open_index(part, options, family, config, options.index_dir or index_dir, progress) for part in self.parts
         ]
 
     def __len__(self) -> int:
         return sum(len(index) for index in self.indexes)
+
+    def name_of(self, source: int, place: int) -> tuple[str, int]:
+        """A sample's source by name, and its number in it."""
+        return self.parts[source].section.name, int(self.indexes[source].columns["number"][place])
 
     def left_out(self) -> list[Skip]:
         """The samples that the indexes leave out."""
@@ -110,13 +148,15 @@ class Mixture:
     def for_planner(self) -> list[SourceIndex]:
         """The sources as the planner takes them."""
         return [
-            SourceIndex(part.section.name, index, part.section.weight, part.section.shuffled(self.options))
+            SourceIndex(
+                part.section.name,
+                index,
+                part.section.weight,
+                part.section.shuffled(self.options),
+                index.columns["tokens"],
+            )
             for part, index in zip(self.parts, self.indexes, strict=True)
         ]
-
-    def sample(self, source: int, place: int) -> tuple[Record, Encoded]:
-        """A sample by source and place in its index. Raises BadSample."""
-        return self.parts[source].sample(self.indexes[source], place)
 
 
 def index_key(part: DataPart, options: DataSection, family: Family, config: Any) -> str:
@@ -131,6 +171,11 @@ def index_key(part: DataPart, options: DataSection, family: Family, config: Any)
     )
 
 
+def index_file(folder: Path, name: str, mark: str) -> Path:
+    """Where the index of a source with that fingerprint is kept."""
+    return folder / f"{name}-{mark[:16]}.parquet"
+
+
 def open_index(
     part: DataPart, options: DataSection, family: Family, config: Any, folder: Path, progress: Progress | None
 ) -> Index:
@@ -139,7 +184,7 @@ def open_index(
     Of several processes that ask at once, one makes it and the others wait.
     """
     mark = index_key(part, options, family, config)
-    path = folder / f"{part.section.name}-{mark[:16]}.parquet"
+    path = index_file(folder, part.section.name, mark)
     found = load_index(path, mark)
     if found is not None:
         return found
@@ -147,7 +192,9 @@ def open_index(
     with FileLock(f"{path}.lock"):
         found = load_index(path, mark)
         if found is None:
-            made = build_index(_chunks(part, options, family, config), mark, _counter(part, progress))
+            damage = [Bad(-1 - i, error.kind, str(error)) for i, error in enumerate(getattr(part.source, "damage", []))]
+            chunks = itertools.chain([([], damage)], _chunks(part, options, family, config))
+            made = build_index(chunks, mark, _counter(part, progress))
             made.save(path)
             found = made
     return found

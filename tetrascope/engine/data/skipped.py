@@ -53,7 +53,11 @@ class SkipLog:
 
     def add(self, skips: Iterable[Skip]) -> list[Skip]:
         """Notes what was skipped; returns what is new. Raises UserError with a summary when it is too much."""
-        new = [skip for skip in skips if self._seen.setdefault((skip.source, skip.sample), skip) is skip]
+        new = []
+        for skip in skips:
+            if (skip.source, skip.sample) not in self._seen:
+                self._seen[skip.source, skip.sample] = skip
+                new.append(skip)
         if new and self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as out:
@@ -68,6 +72,10 @@ class SkipLog:
     def __len__(self) -> int:
         """Samples that count against the bound."""
         return sum(skip.kind not in CHOSEN for skip in self._seen.values())
+
+    def seen(self) -> list[Skip]:
+        """All that was skipped."""
+        return list(self._seen.values())
 
     def summary(self) -> str:
         """Numbers by kind, with the last of each kind."""

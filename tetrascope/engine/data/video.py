@@ -156,7 +156,7 @@ def _name(source: Source) -> str:
 def _open(path: Source) -> tuple[InputContainer, VideoStream]:
     if _is_open(path):
         path.seek(0)
-    container = av.open(path if _is_open(path) else _name(path), mode="r")
+    container = av.open(path if _is_open(path) else _name(path), mode="r", metadata_errors="replace")
     if not container.streams.video:
         container.close()
         raise UserError(f"{_name(path)} has no video stream; give a video file, a folder of pictures or a list of them")

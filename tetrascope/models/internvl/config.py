@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tetrascope.errors import UserError
+from tetrascope.models.hf_fields import special_token
 from tetrascope.models.layers.decoder import DecoderShape
 from tetrascope.models.layers.positions import PositionRule
 from tetrascope.models.layers.vit import ViTShape
 from tetrascope.models.media import Media, VisionCost
+from tetrascope.models.shape_checks import check_heads, check_positive
 
 KINDS = ("internlm2", "qwen2", "llama")
 """Decoders. They compute alike but for qwen2's biases; their checkpoints name and fuse the tensors differently."""
@@ -111,20 +113,15 @@ class InternVLConfig:
 
     def __post_init__(self) -> None:
         d, v = self.decoder, self.vision
-        for section, shape in (("decoder", d), ("vision", v)):
-            for field, value in vars(shape).items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
-                    raise UserError(f"model.config.{section}.{field}: {value} must be greater than 0")
+        check_positive("decoder", d)
+        check_positive("vision", v)
         if d.kind not in KINDS:
             raise UserError(f"model.config.decoder.kind: {d.kind!r} must be one of {', '.join(KINDS)}")
         if d.qkv_bias != (d.kind == "qwen2") or d.qk_norm:
             raise UserError(
                 f"model.config.decoder: {d.kind} needs qkv_bias {str(d.kind == 'qwen2').lower()} and qk_norm false"
             )
-        if d.hidden % d.heads or d.head_dim % 2:
-            raise UserError(f"model.config.decoder: hidden {d.hidden} must be an even multiple of heads {d.heads}")
-        if d.heads % d.kv_heads:
-            raise UserError(f"model.config.decoder: heads {d.heads} must be a multiple of kv_heads {d.kv_heads}")
+        check_heads(d)
         if v.width % v.heads:
             raise UserError(f"model.config.vision: width {v.width} must be a multiple of heads {v.heads}")
         if v.image % (v.patch * SHUFFLE):
@@ -181,10 +178,7 @@ def complete(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 def token_id(tokenizer: Any, token: str) -> int:
     """The id of a special token. Raises UserError when the tokenizer has none."""
-    index = tokenizer.convert_tokens_to_ids(token)
-    if index is None or index == tokenizer.unk_token_id:
-        raise UserError(f"data.tokenizer: has no token {token}, which InternVL needs; add it as a special token")
-    return int(index)
+    return special_token(tokenizer, token, "InternVL")
 
 
 def _preset(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tetrascope.errors import UserError
+from tetrascope.models.hf_fields import need, reads_config_json
 from tetrascope.models.internvl.config import InternViTShape, InternVLConfig, InternVLDecoder
 from tetrascope.models.layers.positions import PositionRule
 
@@ -19,6 +20,7 @@ PADS = {"internlm2": 2, "qwen2": 151643, "llama": 2}
 """Padding token where config.json names none."""
 
 
+@reads_config_json
 def from_hf(raw: dict[str, Any]) -> InternVLConfig:
     """From the contents of config.json, of either form.
 
@@ -36,8 +38,7 @@ def from_hf(raw: dict[str, Any]) -> InternVLConfig:
 def _demand(raw: Mapping[str, Any], where: str, needed: Mapping[str, Any]) -> None:
     """Raises UserError unless each field is absent or has the one value that is available."""
     for field, value in needed.items():
-        if raw.get(field, value) != value:
-            raise UserError(f"config.json: {where}{field} is {raw[field]!r}; only {value!r} is available")
+        need(where + field, raw.get(field, value), value)
 
 
 def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:

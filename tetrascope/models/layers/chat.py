@@ -29,9 +29,7 @@ class TextEncoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
-    def encode(
-        self, text: str, spans: Sequence[tuple[int, int]], runs: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, text: str, spans: Sequence[tuple[int, int]], runs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int64 `[T]` and supervision bool `[T]`.
 
         spans: supervised character ranges. runs: number of tokens that each placeholder becomes, in order.

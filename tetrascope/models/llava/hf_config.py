@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tetrascope.errors import UserError
+from tetrascope.models.hf_fields import first_token, need, reads_config_json
 from tetrascope.models.layers.vit import ACTIVATIONS
 from tetrascope.models.llava.config import LlavaConfig, LlavaDecoder, LlavaVision
 
@@ -15,6 +16,7 @@ UNKNOWN_TOKEN = 0
 """`<unk>` of Llama's vocabulary, which no text contains."""
 
 
+@reads_config_json
 def from_hf(raw: dict[str, Any]) -> LlavaConfig:
     """From the contents of config.json: transformers' nested form, or the original repository's flat one.
 
@@ -32,16 +34,16 @@ def from_hf(raw: dict[str, Any]) -> LlavaConfig:
         if found != needed:
             raise UserError(f"config.json: {section}.model_type is {found!r}; the family llava needs {needed!r}")
     hf: Any = HFConfig.from_dict(raw)
-    _need("projector_hidden_act", hf.projector_hidden_act, "gelu")
-    _need("multimodal_projector_bias", hf.multimodal_projector_bias, True)
-    _need("vision_feature_select_strategy", hf.vision_feature_select_strategy, "default")
+    need("projector_hidden_act", hf.projector_hidden_act, "gelu")
+    need("multimodal_projector_bias", hf.multimodal_projector_bias, True)
+    need("vision_feature_select_strategy", hf.vision_feature_select_strategy, "default")
     return LlavaConfig(
         decoder=_decoder(hf.text_config, "text_config.", hf.tie_word_embeddings),
         vision=_vision(hf.vision_config, "vision_feature_layer", hf.vision_feature_layer),
         image_token_id=hf.image_token_index,
-        bos_token_id=_first(hf.text_config.bos_token_id, 1),
-        eos_token_id=_first(hf.text_config.eos_token_id, 2),
-        pad_token_id=_first(raw.get("pad_token_id", hf.text_config.pad_token_id), UNKNOWN_TOKEN),
+        bos_token_id=first_token(hf.text_config.bos_token_id, 1),
+        eos_token_id=first_token(hf.text_config.eos_token_id, 2),
+        pad_token_id=first_token(raw.get("pad_token_id", hf.text_config.pad_token_id), UNKNOWN_TOKEN),
         aspect=_aspect(raw),
         initializer_range=hf.text_config.initializer_range,
         max_positions=hf.text_config.max_position_embeddings,
@@ -53,10 +55,10 @@ def _from_original(raw: dict[str, Any]) -> LlavaConfig:
     from transformers import CLIPVisionConfig, LlamaConfig
 
     text: Any = LlamaConfig.from_dict({**raw, "model_type": "llama"})
-    _need("mm_projector_type", raw.get("mm_projector_type"), "mlp2x_gelu")
-    _need("mm_vision_select_feature", raw.get("mm_vision_select_feature", "patch"), "patch")
-    _need("mm_use_im_start_end", raw.get("mm_use_im_start_end", False), False)
-    _need("mm_patch_merge_type", raw.get("mm_patch_merge_type", "flat"), "flat")
+    need("mm_projector_type", raw.get("mm_projector_type"), "mlp2x_gelu")
+    need("mm_vision_select_feature", raw.get("mm_vision_select_feature", "patch"), "patch")
+    need("mm_use_im_start_end", raw.get("mm_use_im_start_end", False), False)
+    need("mm_patch_merge_type", raw.get("mm_patch_merge_type", "flat"), "flat")
     shape = raw.get("vision_config")
     if shape is None:
         tower = str(raw.get("mm_vision_tower"))
@@ -69,36 +71,31 @@ def _from_original(raw: dict[str, Any]) -> LlavaConfig:
         shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
         shape |= {"image_size": side, "patch_size": 14}
     vision = _vision(CLIPVisionConfig.from_dict(shape), "mm_vision_select_layer", raw.get("mm_vision_select_layer", -2))
-    _need("mm_hidden_size", raw.get("mm_hidden_size", vision.width), vision.width)
+    need("mm_hidden_size", raw.get("mm_hidden_size", vision.width), vision.width)
     return LlavaConfig(
         decoder=_decoder(text, "", text.tie_word_embeddings),
         vision=vision,
         image_token_id=raw.get("image_token_index", UNKNOWN_TOKEN),
-        bos_token_id=_first(text.bos_token_id, 1),
-        eos_token_id=_first(text.eos_token_id, 2),
-        pad_token_id=_first(text.pad_token_id, UNKNOWN_TOKEN),
+        bos_token_id=first_token(text.bos_token_id, 1),
+        eos_token_id=first_token(text.eos_token_id, 2),
+        pad_token_id=first_token(text.pad_token_id, UNKNOWN_TOKEN),
         aspect=_aspect(raw),
         initializer_range=text.initializer_range,
         max_positions=text.max_position_embeddings,
     )
 
 
-def _need(field: str, found: object, needed: object) -> None:
-    if found != needed:
-        raise UserError(f"config.json: {field} is {found!r}; only {needed!r} is available")
-
-
 def _decoder(text: Any, where: str, tied: bool) -> LlavaDecoder:
     rope = text.rope_parameters
-    _need(f"{where}rope_parameters.rope_type", rope.get("rope_type"), "default")
-    _need(f"{where}rope_parameters.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0)
+    need(f"{where}rope_parameters.rope_type", rope.get("rope_type"), "default")
+    need(f"{where}rope_parameters.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0)
     for field, needed in (
         ("hidden_act", "silu"),
         ("attention_bias", False),
         ("mlp_bias", False),
         ("attention_dropout", 0),
     ):
-        _need(f"{where}{field}", getattr(text, field), needed)
+        need(f"{where}{field}", getattr(text, field), needed)
     return LlavaDecoder(
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
@@ -115,8 +112,8 @@ def _decoder(text: Any, where: str, tied: bool) -> LlavaDecoder:
 
 def _vision(clip: Any, field: str, layer: object) -> LlavaVision:
     """layer: index into CLIP's hidden states, of which there is one more than blocks; 0 is before the first."""
-    _need("vision_config.attention_dropout", clip.attention_dropout, 0)
-    _need("vision_config.num_channels", clip.num_channels, 3)
+    need("vision_config.attention_dropout", clip.attention_dropout, 0)
+    need("vision_config.num_channels", clip.num_channels, 3)
     if clip.hidden_act not in ACTIVATIONS:
         raise UserError(
             f"config.json: vision_config.hidden_act is {clip.hidden_act!r}; available are {', '.join(ACTIVATIONS)}"
@@ -147,13 +144,6 @@ def _aspect(raw: dict[str, Any]) -> str:
     if ratio not in ("square", "pad"):
         raise UserError(f"config.json: image_aspect_ratio is {ratio!r}; LLaVA-1.5 knows 'square' (cut) and 'pad'")
     return "pad" if ratio == "pad" else "crop"
-
-
-def _first(token: int | list[int] | None, default: int) -> int:
-    """config.json may hold no id or several; the published default, or the first."""
-    if token is None:
-        return default
-    return token[0] if isinstance(token, list) else token
 
 
 def to_hf(config: LlavaConfig, dtype: str) -> dict[str, Any]:

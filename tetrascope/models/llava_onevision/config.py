@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tetrascope.errors import UserError
+from tetrascope.models.hf_fields import special_token
 from tetrascope.models.layers.decoder import DecoderShape
 from tetrascope.models.layers.positions import PositionRule
-from tetrascope.models.layers.vit import ACTIVATIONS, ViTShape
+from tetrascope.models.layers.vit import ViTShape
 from tetrascope.models.llava_onevision.views import anyres_media
 from tetrascope.models.media import Media, VisionCost
+from tetrascope.models.shape_checks import check_heads, check_positive, check_vit
 
 PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
 """Canvases (height, width) of the published checkpoints: every grid of 1 to 6 by 1 to 6 crops."""
@@ -81,25 +83,12 @@ class LlavaOneVisionConfig:
 
     def __post_init__(self) -> None:
         d, v = self.decoder, self.vision
-        for section, shape, names in (
-            ("decoder", d, ("hidden", "intermediate", "layers", "heads", "kv_heads", "vocab", "rms_eps", "rope_theta")),
-            ("vision", v, ("width", "layers", "heads", "mlp", "image", "patch", "channels", "used", "norm_eps")),
-        ):
-            for field in names:
-                if getattr(shape, field) <= 0:
-                    raise UserError(f"model.config.{section}.{field}: {getattr(shape, field)} must be greater than 0")
-        if d.hidden % d.heads or d.head_dim % 2:
-            raise UserError(f"model.config.decoder: hidden {d.hidden} must be an even multiple of heads {d.heads}")
-        if d.heads % d.kv_heads:
-            raise UserError(f"model.config.decoder: heads {d.heads} must be a multiple of kv_heads {d.kv_heads}")
-        if v.width % v.heads:
-            raise UserError(f"model.config.vision: width {v.width} must be a multiple of heads {v.heads}")
-        if v.used > v.layers:
-            raise UserError(f"model.config.vision.used: {v.used} is more than layers {v.layers}")
+        check_positive("decoder", d)
+        check_positive("vision", v)
+        check_heads(d)
+        check_vit(v)
         if v.patch > v.image:
             raise UserError(f"model.config.vision.patch: {v.patch} is more than image {v.image}")
-        if v.activation not in ACTIVATIONS:
-            raise UserError(f"model.config.vision.activation: {v.activation!r} must be one of {', '.join(ACTIVATIONS)}")
         for field in ("class_token", "pre_norm", "layer_scale"):
             if getattr(v, field):
                 raise UserError(f"model.config.vision.{field}: SigLIP has none; set it to false")
@@ -143,13 +132,8 @@ def complete(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 def token_id(tokenizer: Any, token: str) -> int:
     """The id of a special token. Raises UserError when the tokenizer has no such token."""
-    index = tokenizer.convert_tokens_to_ids(token)
-    if index is None or index == tokenizer.unk_token_id:
-        raise UserError(
-            f"data.tokenizer: has no token {token}, which LLaVA-OneVision needs; add it as a special token "
-            "(to a Qwen2 tokenizer first <image>, then <video>: they get the ids of the published checkpoints)"
-        )
-    return int(index)
+    hint = " (to a Qwen2 tokenizer first <image>, then <video>: they get the ids of the published checkpoints)"
+    return special_token(tokenizer, token, "LLaVA-OneVision", hint)
 
 
 def _preset(

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from tetrascope.errors import UserError
+from tetrascope.models.hf_fields import first_token, need, reads_config_json
 from tetrascope.models.layers.vit import ACTIVATIONS, ViTShape
 from tetrascope.models.llava_onevision.config import SIGLIP, LlavaOneVisionConfig, LlavaOneVisionDecoder
 
@@ -37,12 +38,12 @@ TEXT_FIELDS = (
 """Keys of Qwen2's configuration, which lie at the top of the original's config.json."""
 
 
+@reads_config_json
 def from_hf(raw: dict[str, Any]) -> LlavaOneVisionConfig:
     """From the contents of config.json: transformers' (4.x or 5.x) or the original repository's.
 
     Raises UserError for another model's configuration and for options that would change what the model computes.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import LlavaOnevisionConfig as HFConfig
 
     if "mm_vision_tower" in raw:
@@ -51,10 +52,7 @@ def from_hf(raw: dict[str, Any]) -> LlavaOneVisionConfig:
         raise UserError(
             f"config.json: model_type is {raw.get('model_type')!r}; the family llava_onevision needs 'llava_onevision'"
         )
-    try:
-        hf: Any = HFConfig.from_dict(raw)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise UserError(f"config.json: transformers cannot read it: {error}") from error
+    hf: Any = HFConfig.from_dict(raw)
     text = hf.text_config
     _need(
         ("text_config.model_type", text.model_type, "qwen2"),
@@ -88,8 +86,8 @@ def from_hf(raw: dict[str, Any]) -> LlavaOneVisionConfig:
         vision=_vision(hf),
         image_token_id=hf.image_token_id,
         video_token_id=hf.video_token_id,
-        eos_token_id=_first(text.eos_token_id, EOS_TOKEN),
-        pad_token_id=_first(text.pad_token_id, PAD_TOKEN),
+        eos_token_id=first_token(text.eos_token_id, EOS_TOKEN),
+        pad_token_id=first_token(text.pad_token_id, PAD_TOKEN),
         pinpoints=tuple((int(height), int(width)) for height, width in hf.image_grid_pinpoints),
         max_views=int(max_views[1]),
         initializer_range=text.initializer_range,
@@ -99,8 +97,7 @@ def from_hf(raw: dict[str, Any]) -> LlavaOneVisionConfig:
 
 def _need(*options: tuple[str, Any, Any]) -> None:
     for what, found, needed in options:
-        if found != needed:
-            raise UserError(f"config.json: {what} is {found!r}; only {needed!r} is available")
+        need(what, found, needed)
 
 
 def _vision(hf: Any) -> ViTShape:
@@ -130,13 +127,6 @@ def _vision(hf: Any) -> ViTShape:
         norm_eps=vision.layer_norm_eps,
         post_norm=True,
     )
-
-
-def _first(token: int | list[int] | None, default: int) -> int:
-    """config.json may hold no id or several; the published default, or the first."""
-    if token is None:
-        return default
-    return token[0] if isinstance(token, list) else token
 
 
 def _as_transformers(raw: dict[str, Any]) -> dict[str, Any]:

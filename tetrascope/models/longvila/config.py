@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from tetrascope.errors import UserError
 from tetrascope.models.layers.decoder import DecoderShape
 from tetrascope.models.layers.positions import PositionRule
-from tetrascope.models.layers.vit import ACTIVATIONS, ViTShape
+from tetrascope.models.layers.vit import ViTShape
 from tetrascope.models.media import Media, VisionCost
+from tetrascope.models.shape_checks import check_heads, check_positive, check_vit
 
 IMAGE_TOKEN = "<image>"
 """What VILA's text has in the place of a picture or frame; its builder.py adds it to tokenizers that lack it."""
@@ -113,24 +114,14 @@ class LongVilaConfig:
     def __post_init__(self) -> None:
         d, v = self.decoder, self.vision
         for section, shape in (("decoder", d), ("vision", v)):
-            for field, value in vars(shape).items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
-                    raise UserError(f"model.config.{section}.{field}: {value} must be greater than 0")
+            check_positive(section, shape)
             for field, needed in (QWEN2 if section == "decoder" else SIGLIP).items():
                 if getattr(shape, field) != needed:
                     raise UserError(f"model.config.{section}.{field}: must be {needed} in LongVILA; remove it")
-        if d.head_dim % 2 or (d.hidden % d.heads and d.head_dim == d.hidden // d.heads):
-            raise UserError(f"model.config.decoder: hidden {d.hidden} must be an even multiple of heads {d.heads}")
-        if d.heads % d.kv_heads:
-            raise UserError(f"model.config.decoder: heads {d.heads} must be a multiple of kv_heads {d.kv_heads}")
-        if v.width % v.heads:
-            raise UserError(f"model.config.vision: width {v.width} must be a multiple of heads {v.heads}")
+        check_heads(d, own_width=True)
+        check_vit(v)
         if v.image < v.patch:
             raise UserError(f"model.config.vision: image {v.image} must be at least patch {v.patch}")
-        if v.used > v.layers:
-            raise UserError(f"model.config.vision.used: {v.used} is more than layers {v.layers}")
-        if v.activation not in ACTIVATIONS:
-            raise UserError(f"model.config.vision.activation: {v.activation!r} must be one of {', '.join(ACTIVATIONS)}")
         if self.projector not in PROJECTORS:
             raise UserError(f"model.config.projector: {self.projector!r} must be one of {', '.join(PROJECTORS)}")
         if self.token_order not in ("rows", "columns"):

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tetrascope.errors import UserError
+from tetrascope.models.hf_fields import need, reads_config_json
 from tetrascope.models.layers.vit import ACTIVATIONS
 from tetrascope.models.longvila.config import PROJECTORS, LongVilaConfig, LongVilaDecoder, LongVilaVision
 
@@ -19,6 +20,9 @@ PARTS = {"llm": "qwen2", "mm_projector": "v2l_projector", "vision_tower": "sigli
 
 IMAGE_TOKEN_ID = 151649
 """`<image>` in the tokenizers of VILA's Qwen2 models (llava/constants.py)."""
+
+PAD_TOKEN_ID = 151643
+"""`<|endoftext|>`, with which Qwen2's tokenizers pad."""
 
 PLAIN_OPTIONS: dict[str, tuple[object, ...]] = {
     "image_aspect_ratio": ("resize", "square", None),
@@ -32,12 +36,13 @@ PLAIN_OPTIONS: dict[str, tuple[object, ...]] = {
 """What the options at the top may say. `cls_patch` means all rows: SigLIP has no class token to leave out."""
 
 
+@reads_config_json
 def from_hf(raw: dict[str, Any]) -> LongVilaConfig:
     """From the contents of config.json, with those of the three folders' under `llm`, `mm_projector`, `vision_tower`.
 
     Without `image_token_id`, which is not VILA's, visual tokens have the id of `<image>` in VILA's tokenizers; in a
-    vocabulary too small for it, that of the padding token. Raises UserError for another model's configuration and for
-    options that would change what the model computes.
+    vocabulary too small for it, that of the padding token, Qwen2's unless another is given. Raises UserError for
+    another model's configuration and for options that would change what the model computes.
     """
     if raw.get("model_type") != "llava_llama":
         raise UserError(
@@ -58,13 +63,14 @@ def from_hf(raw: dict[str, Any]) -> LongVilaConfig:
     vision = _vision(SiglipVisionConfig.from_dict(parts["vision_tower"]), raw.get("mm_vision_select_layer", -2))
     decoder = _decoder(text)
     for field, needed in (("mm_hidden_size", vision.width), ("hidden_size", decoder.hidden)):
-        _need(field, raw.get(field) or needed, needed)
+        need(field, raw.get(field) or needed, needed)
     if raw.get("vision_resolution") not in (None, -1, vision.image):
-        _need("vision_resolution", raw["vision_resolution"], vision.image)
+        need("vision_resolution", raw["vision_resolution"], vision.image)
     eos = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
     if eos is None:
         raise UserError("config.json: llm.eos_token_id is missing; add the id of <|im_end|>")
-    pad: int = eos if text.pad_token_id is None else text.pad_token_id
+    usual = PAD_TOKEN_ID if decoder.vocab > PAD_TOKEN_ID else eos
+    pad: int = usual if text.pad_token_id is None else text.pad_token_id
     return LongVilaConfig(
         decoder=decoder,
         vision=vision,
@@ -90,17 +96,12 @@ def _part(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def _need(field: str, found: object, needed: object) -> None:
-    if found != needed:
-        raise UserError(f"config.json: {field} is {found!r}; only {needed!r} is available")
-
-
 def _decoder(text: Any) -> LongVilaDecoder:
     rope = text.rope_parameters
-    _need("llm.rope_parameters.rope_type", rope.get("rope_type"), "default")
-    _need("llm.rope_parameters.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0)
+    need("llm.rope_parameters.rope_type", rope.get("rope_type"), "default")
+    need("llm.rope_parameters.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0)
     for field, needed in (("hidden_act", "silu"), ("use_sliding_window", False), ("attention_dropout", 0)):
-        _need(f"llm.{field}", getattr(text, field), needed)
+        need(f"llm.{field}", getattr(text, field), needed)
     return LongVilaDecoder(
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
@@ -117,8 +118,8 @@ def _decoder(text: Any) -> LongVilaDecoder:
 
 def _vision(siglip: Any, layer: object) -> LongVilaVision:
     """layer: index into the hidden states, of which there is one more than blocks; 0 is before the first."""
-    _need("vision_tower.attention_dropout", siglip.attention_dropout, 0)
-    _need("vision_tower.num_channels", siglip.num_channels, 3)
+    need("vision_tower.attention_dropout", siglip.attention_dropout, 0)
+    need("vision_tower.num_channels", siglip.num_channels, 3)
     if siglip.hidden_act not in ACTIVATIONS:
         raise UserError(
             f"config.json: vision_tower.hidden_act is {siglip.hidden_act!r}; available are {', '.join(ACTIVATIONS)}"

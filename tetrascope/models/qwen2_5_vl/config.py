@@ -7,10 +7,12 @@ from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 from tetrascope.errors import UserError
+from tetrascope.models.hf_fields import first_token, need, reads_config_json
 from tetrascope.models.layers.mrope import RULES
 from tetrascope.models.media import Media, VisionCost
 from tetrascope.models.qwen2_5_vl.windows import window_lengths
 from tetrascope.models.qwen2_vl.config import Qwen2VLDecoder
+from tetrascope.models.shape_checks import check_heads, check_positive
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,9 @@ class Qwen2_5VLConfig:
 
     def __post_init__(self) -> None:
         d, v = self.decoder, self.vision
-        for section, shape in (("decoder", d), ("vision", v)):
-            for field, value in vars(shape).items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
-                    raise UserError(f"model.config.{section}.{field}: {value} must be greater than 0")
-        if d.hidden % d.heads or d.head_dim % 2:
-            raise UserError(f"model.config.decoder: hidden {d.hidden} must be an even multiple of heads {d.heads}")
-        if d.heads % d.kv_heads:
-            raise UserError(f"model.config.decoder: heads {d.heads} must be a multiple of kv_heads {d.kv_heads}")
+        check_positive("decoder", d)
+        check_positive("vision", v)
+        check_heads(d)
         if v.width % (4 * v.heads):
             raise UserError(
                 f"model.config.vision: width {v.width} must be a multiple of 4 x heads {v.heads}: "
@@ -151,6 +148,7 @@ def media(
     )
 
 
+@reads_config_json
 def from_hf(raw: dict[str, Any]) -> Qwen2_5VLConfig:
     """From the contents of config.json, in the flat (4.x) or the nested (5.x) form; transformers reads both.
 
@@ -177,8 +175,7 @@ def from_hf(raw: dict[str, Any]) -> Qwen2_5VLConfig:
         ("vision_config.out_hidden_size", vision.out_hidden_size, text.hidden_size),
         ("vision_config.rope_parameters", vision.rope_parameters, {"rope_type": "axial", "rope_theta": 10000.0}),
     ):
-        if found != needed:
-            raise UserError(f"config.json: {what} is {found!r}; only {needed!r} is available")
+        need(what, found, needed)
     for field in ("patch_size", "temporal_patch_size"):
         if not isinstance(getattr(vision, field), int):
             raise UserError(f"config.json: vision_config.{field} is {getattr(vision, field)!r}; give one whole number")
@@ -215,17 +212,10 @@ def from_hf(raw: dict[str, Any]) -> Qwen2_5VLConfig:
         video_token_id=hf.video_token_id,
         vision_start_token_id=hf.vision_start_token_id,
         vision_end_token_id=hf.vision_end_token_id,
-        eos_token_id=_first(text.eos_token_id, 151645),
-        pad_token_id=_first(text.pad_token_id, 151643),
+        eos_token_id=first_token(text.eos_token_id, 151645),
+        pad_token_id=first_token(text.pad_token_id, 151643),
         initializer_range=text.initializer_range,
     )
-
-
-def _first(token: int | list[int] | None, default: int) -> int:
-    """config.json may hold no id or several; the published default, or the first."""
-    if token is None:
-        return default
-    return token[0] if isinstance(token, list) else token
 
 
 def to_hf(config: Qwen2_5VLConfig, dtype: str) -> dict[str, Any]:

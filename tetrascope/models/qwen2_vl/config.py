@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from tetrascope.errors import UserError
+from tetrascope.models.hf_fields import first_token, need, reads_config_json, special_token
 from tetrascope.models.layers.decoder import DecoderShape
 from tetrascope.models.media import Media, VisionCost
+from tetrascope.models.shape_checks import check_heads, check_positive
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,9 @@ class Qwen2VLConfig:
 
     def __post_init__(self) -> None:
         d, v = self.decoder, self.vision
-        for section, shape in (("decoder", d), ("vision", v)):
-            for field, value in vars(shape).items():
-                if not isinstance(value, bool) and value <= 0:
-                    raise UserError(f"model.config.{section}.{field}: {value} must be greater than 0")
-        if d.hidden % d.heads or d.head_dim % 2:
-            raise UserError(f"model.config.decoder: hidden {d.hidden} must be an even multiple of heads {d.heads}")
-        if d.heads % d.kv_heads:
-            raise UserError(f"model.config.decoder: heads {d.heads} must be a multiple of kv_heads {d.kv_heads}")
+        check_positive("decoder", d)
+        check_positive("vision", v)
+        check_heads(d)
         if v.width % (4 * v.heads):
             raise UserError(
                 f"model.config.vision: width {v.width} must be a multiple of 4 x heads {v.heads}: "
@@ -137,17 +134,13 @@ def complete(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     filled = dict(config)
     for field, token in SPECIAL_TOKENS.items():
         if field not in filled:
-            index = tokenizer.convert_tokens_to_ids(token)
-            if index is None or index == tokenizer.unk_token_id:
-                raise UserError(
-                    f"data.tokenizer: has no token {token}, which the family needs; add it as a special token"
-                )
-            filled[field] = index
+            filled[field] = special_token(tokenizer, token)
     if isinstance(filled.get("decoder"), dict):
         filled["decoder"] = {"vocab": len(tokenizer), **filled["decoder"]}
     return filled
 
 
+@reads_config_json
 def from_hf(raw: dict[str, Any]) -> Qwen2VLConfig:
     """From the contents of config.json, in the flat (4.x) or the nested (5.x) form; transformers reads both.
 
@@ -170,8 +163,7 @@ def from_hf(raw: dict[str, Any]) -> Qwen2VLConfig:
         ("text_config.attention_dropout", text.attention_dropout, 0),
         ("vision_config.hidden_act", vision.hidden_act, "quick_gelu"),
     ):
-        if found != needed:
-            raise UserError(f"config.json: {what} is {found!r}; only {needed!r} is available")
+        need(what, found, needed)
     return Qwen2VLConfig(
         max_positions=text.max_position_embeddings,
         decoder=Qwen2VLDecoder(
@@ -202,17 +194,10 @@ def from_hf(raw: dict[str, Any]) -> Qwen2VLConfig:
         video_token_id=hf.video_token_id,
         vision_start_token_id=hf.vision_start_token_id,
         vision_end_token_id=hf.vision_end_token_id,
-        eos_token_id=_first(text.eos_token_id, 151645),
-        pad_token_id=_first(text.pad_token_id, 151643),
+        eos_token_id=first_token(text.eos_token_id, 151645),
+        pad_token_id=first_token(text.pad_token_id, 151643),
         initializer_range=text.initializer_range,
     )
-
-
-def _first(token: int | list[int] | None, default: int) -> int:
-    """config.json may hold no id or several; the published default, or the first."""
-    if token is None:
-        return default
-    return token[0] if isinstance(token, list) else token
 
 
 def to_hf(config: Qwen2VLConfig, dtype: str) -> dict[str, Any]:

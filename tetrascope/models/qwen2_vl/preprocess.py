@@ -55,7 +55,8 @@ class Qwen2VLMedia:
         from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
 
         v = config.vision
-        self._min, self._max = options.min_pixels or MIN_PIXELS, options.max_pixels or MAX_PIXELS
+        self._max = options.max_pixels or MAX_PIXELS
+        self._min = options.min_pixels or min(MIN_PIXELS, self._max)
         if self._min > self._max:
             raise UserError(f"data.min_pixels: {self._min} is more than data.max_pixels={self._max}; lower it")
         self._smart_resize = hf.smart_resize

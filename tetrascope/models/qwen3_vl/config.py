@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tetrascope.errors import UserError
+from tetrascope.models.hf_fields import first_token, need, reads_config_json
 from tetrascope.models.layers.decoder import DecoderShape
 from tetrascope.models.media import Media, VisionCost
 from tetrascope.models.qwen2_vl.config import media
+from tetrascope.models.shape_checks import check_positive
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,8 @@ class Qwen3VLConfig:
 
     def __post_init__(self) -> None:
         d, v = self.decoder, self.vision
-        for section, shape in (("decoder", d), ("vision", v)):
-            for field, value in vars(shape).items():
-                if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
-                    raise UserError(f"model.config.{section}.{field}: {value} must be greater than 0")
+        check_positive("decoder", d)
+        check_positive("vision", v)
         if d.head_dim % 2:
             raise UserError(f"model.config.decoder.head_dim: {d.head_dim} must be even")
         if d.heads % d.kv_heads:
@@ -127,6 +127,7 @@ class Qwen3VLConfig:
             )
 
 
+@reads_config_json
 def from_hf(raw: dict[str, Any]) -> Qwen3VLConfig:
     """From the contents of config.json, as transformers 4.57 or 5 wrote it.
 
@@ -152,8 +153,7 @@ def from_hf(raw: dict[str, Any]) -> Qwen3VLConfig:
         ("vision_config.out_hidden_size", vision.out_hidden_size, text.hidden_size),
         ("vision_config.num_position_embeddings", vision.num_position_embeddings, side**2),
     ):
-        if found != needed:
-            raise UserError(f"config.json: {what} is {found!r}; only {needed!r} is available")
+        need(what, found, needed)
     return Qwen3VLConfig(
         decoder=Qwen3VLDecoder(
             hidden=text.hidden_size,
@@ -186,18 +186,11 @@ def from_hf(raw: dict[str, Any]) -> Qwen3VLConfig:
         video_token_id=hf.video_token_id,
         vision_start_token_id=hf.vision_start_token_id,
         vision_end_token_id=hf.vision_end_token_id,
-        eos_token_id=_first(text.eos_token_id, 151645),
-        pad_token_id=_first(text.pad_token_id, 151643),
+        eos_token_id=first_token(text.eos_token_id, 151645),
+        pad_token_id=first_token(text.pad_token_id, 151643),
         initializer_range=text.initializer_range,
         max_positions=text.max_position_embeddings,
     )
-
-
-def _first(token: int | list[int] | None, default: int) -> int:
-    """config.json may hold no id or several; the published default, or the first."""
-    if token is None:
-        return default
-    return token[0] if isinstance(token, list) else token
 
 
 def to_hf(config: Qwen3VLConfig, dtype: str) -> dict[str, Any]:

@@ -93,5 +93,5 @@ def _announcement(trainer: Trainer, setup: Setup) -> str:
     config = setup.config
     return (
         f"{setup.family.name} on {setup.layout}, {trainer.device.type}, {config.train.dtype}, "
-        f"threads a rank: {config.train.threads}, attention: {setup.attention[0]}, {len(trainer.dataset)} samples"
+        f"threads a rank: {config.train.threads}, attention: {setup.attention[0]}, {len(trainer.data)} samples"
     )

@@ -41,12 +41,12 @@ def measure(trainer: Trainer, warmup: int, steps: int, on_step: Callable[[], Non
     measured after the steps: its matrices are not part of the run's memory, and the machine is as warm.
     """
     for _ in range(warmup):
-        trainer.step(last=False)
+        trainer.step(None)
         on_step()
     dist.barrier()
     taken, ends = [], [time.perf_counter()]
     for _ in range(steps):
-        taken.append(trainer.step(last=False))
+        taken.append(trainer.step(None))
         ends.append(time.perf_counter())
         on_step()
     seconds = [end - began for began, end in pairwise(ends)]

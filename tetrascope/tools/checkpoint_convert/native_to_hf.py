@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from tetrascope.engine.checkpoint import read_state
 from tetrascope.engine.config import Config, validated
-from tetrascope.engine.data.dataset import load_tokenizer
+from tetrascope.engine.data.tokenizer import load_tokenizer
 from tetrascope.errors import UserError
 from tetrascope.models.family import get_family
 from tetrascope.models.weights import HFTensor, Piece, WeightMap, logical_tensors, relative

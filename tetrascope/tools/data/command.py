@@ -7,16 +7,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tetrascope.engine.data.mixture import Mixture
 from tetrascope.engine.data.skipped import Skip, SkipLog
 from tetrascope.engine.modules import trained
 from tetrascope.engine.plan import CostModel, Planner, report
-from tetrascope.engine.setup import prepare
+from tetrascope.engine.setup import open_data, prepare
 from tetrascope.errors import UserError
 from tetrascope.tools.data.histogram import bars
 from tetrascope.tools.data.html import page
 from tetrascope.tools.data.preview import choose, in_terminal, preview, printable
-from tetrascope.tools.data.sources import Indexed, index_folder, load_run, open_sources, progress_bar
+from tetrascope.tools.data.sources import Indexed, load_run, open_sources, progress_bar
 from tetrascope.tools.data.statistics import Statistics, statistics
 from tetrascope.tools.plan.mixed import table
 
@@ -129,9 +128,7 @@ def data_plan(path: Path, overrides: list[str], dp: int | None, steps: int) -> i
     config = load_run(path, [*overrides, *([] if dp is None else [f"parallel.dp={dp}"])], None)
     setup = prepare(config, None)
     with progress_bar() as progress:
-        mixture = Mixture(
-            config.data, setup.family, setup.model_config, setup.tokenizer, index_folder(config), progress
-        )
+        mixture = open_data(setup, progress)
     cost = CostModel(setup.model_config, trained(setup.modules))
     planner = Planner(mixture.for_planner(), config.train.seed, setup.layout, config.batch, cost)
     began = time.perf_counter()

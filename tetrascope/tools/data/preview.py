@@ -69,6 +69,7 @@ def preview(source: Indexed, place: int, tokenizer: Any, visual_ids: Sequence[in
     try:
         record, found = source.part.sample(source.index, place)
         reader = source.part.encoder.reader
+        reader.describe(record.files)  # whether they are still there
         media = [
             Shown(_media_label(one), tuple(_thin(reader.pictures(file, one))))
             for file, one in zip(record.files, found.media, strict=True)

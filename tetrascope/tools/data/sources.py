@@ -17,9 +17,9 @@ from rich.text import Text
 
 from tetrascope.engine.config import Config, load_config
 from tetrascope.engine.data.index import Index
-from tetrascope.engine.data.mixture import DataPart, open_index, open_part
+from tetrascope.engine.data.mixture import DataPart, index_file, open_index, open_part
 from tetrascope.engine.data.mixture import Progress as Report
-from tetrascope.engine.setup import Setup
+from tetrascope.engine.setup import Setup, index_folder
 from tetrascope.errors import UserError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".tar", ".bin", ".idx")
@@ -58,11 +58,6 @@ def load_run(path: Path, overrides: list[str], base: Path | None) -> Config:
     return load_config(path, overrides)
 
 
-def index_folder(config: Config) -> Path:
-    """Where the indexes of a run are kept unless data.index_dir says otherwise."""
-    return config.output.dir / "index"
-
-
 def open_sources(setup: Setup, progress: Report | None = None, only: str | None = None) -> list[Indexed]:
     """Opens and indexes the sources of a run, or the one called `only`.
 
@@ -73,7 +68,7 @@ def open_sources(setup: Setup, progress: Report | None = None, only: str | None 
     if not sections:
         known = ", ".join(section.name for section in options.all_sources())
         raise UserError(f"--source: there is no {only!r}; the sources are {known}")
-    folder = options.index_dir or index_folder(setup.config)
+    folder = index_folder(setup.config)
     found = []
     for section in sections:
         part = open_part(section, options, family, config, setup.tokenizer)
@@ -84,7 +79,7 @@ def open_sources(setup: Setup, progress: Report | None = None, only: str | None 
         index = open_index(part, options, family, config, folder, watch)
         seconds = time.perf_counter() - began
         watch.pass_on(section.name, samples, samples)
-        file = folder / f"{section.name}-{index.fingerprint[:16]}.parquet"
+        file = index_file(folder, section.name, index.fingerprint)
         before.pop(file, None)
         found.append(Indexed(part, index, file, watch.called, seconds, max(before.values(), default=None)))
     return found

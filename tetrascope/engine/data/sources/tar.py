@@ -116,7 +116,7 @@ def _members(stream: BinaryIO, end: int) -> Iterator[Member]:
                 name = _text(data.rstrip(b"\0"))
             else:
                 name, size = _pax(data, name, size)
-        elif kind not in (b"g", b"K"):  # pax defaults, GNU's long targets of links: nothing that is used here
+        else:  # others than regular files: folders, links, pax defaults; nothing that is used here
             if kind in (b"0", b"\0", b"7"):
                 yield Member(name or _name(header), place, length)
             name, size = None, None

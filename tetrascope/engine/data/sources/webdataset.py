@@ -102,7 +102,8 @@ class WebDataset:
             row = _caption(self._text(of_kind["txt"][0], url), media, key)  # what JSON there is describes the image
         elif row is None:
             raise BadSample("missing file", f"{key}: there is neither {key}.json nor {key}.txt")
-        known = {alias: m for m in reversed(members) for alias in _aliases(m)}
+        names = [(_aliases(m), m) for m in members]
+        known = {aliases[i]: m for i in (2, 1, 0) for aliases, m in names}  # the fuller name counts
 
         def resolve(name: str) -> Blob:
             if name not in known:  # not looked up on disk: a shard is a closed whole

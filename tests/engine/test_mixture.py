@@ -1,0 +1,267 @@
+"""Sources opened and indexed: what is wrong with a sample is found from headers and text, counted and named.
+
+Pixels are the exception: only headers are read when an index is made. An index is made once; what it depends on is
+changed here piece by piece, and the file must be found again or made anew accordingly.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny import write_tokenizer
+from tetrascope.engine.config import DataSection, validated
+from tetrascope.engine.data.index import load_index
+from tetrascope.engine.data.mixture import Mixture
+from tetrascope.engine.data.samples import Task, load_sample
+from tetrascope.engine.data.skipped import Skip, SkipLog
+from tetrascope.engine.data.tokenizer import load_tokenizer
+from tetrascope.errors import UserError
+from tetrascope.models.qwen2_vl import FAMILY
+from tetrascope.models.qwen2_vl.config import media
+
+SHAPES = {
+    "decoder": {"hidden": 64, "intermediate": 96, "layers": 1, "heads": 4, "kv_heads": 2},
+    "vision": {"width": 32, "layers": 1, "heads": 2},
+    "mrope_section": [2, 3, 3],
+}
+GRID_4_6 = media("image", (1, 4, 6), 2, size=(90, 60))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixture") / "tokenizer"
+    write_tokenizer(folder)
+    return folder
+
+
+class Folder:
+    """A folder with a data file and pictures a.png (90x60 pixels) and b.png (56x56)."""
+
+    def __init__(self, root: Path, tokenizer_folder: Path) -> None:
+        self.root, self.file, self.indexes = root, root / "train.jsonl", root / "indexes"
+        self._tokenizer_folder, self._tokenizer = tokenizer_folder, load_tokenizer(tokenizer_folder)
+        self.config = validated(FAMILY.config_class, FAMILY.complete(SHAPES, self._tokenizer), "model.config")
+        for name, size in (("a.png", (90, 60)), ("b.png", (56, 56))):
+            picture(*size).save(root / name)
+
+    def write(self, *lines: Any, name: str = "train.jsonl") -> None:
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        (self.root / name).write_text("\n".join(texts), encoding="utf-8")
+
+    def open(self, **options: Any) -> Mixture:
+        where = {} if "sources" in options else {"train": self.file}
+        section = DataSection(**where, tokenizer=self._tokenizer_folder, **options)
+        return Mixture(section, FAMILY, self.config, self._tokenizer, self.indexes)
+
+    def load(self, mixture: Mixture, place: int, pixels: bool = True) -> Any:
+        return load_sample(mixture, FAMILY, self.config, Task(0, place, pixels))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer_folder: Path) -> Folder:
+    return Folder(tmp_path, tokenizer_folder)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def sample(name: str, *images: Any, answer: str = "yes") -> dict[str, Any]:
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "q"}]
+    return {"id": name, "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+
+
+def turns(name: str, count: int, image_at: int | None = None) -> dict[str, Any]:
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "s"}]
+    for i in range(count):
+        image = [{"type": "image", "image": "a.png"}] if i == image_at else []
+        messages.append({"role": "user", "content": [*image, {"type": "text", "text": f"question {i}"}]})
+        messages.append({"role": "assistant", "content": f"answer {i}"})
+    return {"id": name, "messages": messages}
+
+
+def test_samples_with_their_images(folder: Folder) -> None:
+    folder.write(sample("two", "a.png", "b.png"), "", sample("text"))
+    mixture = folder.open()
+    (index,) = mixture.indexes
+    assert len(mixture) == len(index) == 2 and not index.bad
+    # 60x90 pixels round to 56x84: 4x6 patches, 2x3 visual tokens; 56x56 gives 4x4 patches, 2x2.
+    assert [one.grid for one in index[0].media] == [(1, 4, 6), (1, 4, 4)] and index[0].patches == 40
+    two, text = folder.load(mixture, 0), folder.load(mixture, 1)
+    assert (two.ids_T == folder.config.image_token_id).sum() == 10
+    assert index[0].tokens == len(two.ids_T) == len(two.supervised_T)
+    assert index[0].supervised == two.supervised_T.sum() >= 2  # the answer and the end of its turn
+    assert two.rows.shape == (40, 1176) and two.failure is None
+    assert text.rows is None and index[1].media == () and mixture.name_of(0, 1) == ("train", 1)
+
+
+def test_a_rank_that_does_not_encode_reads_no_image(folder: Folder) -> None:
+    folder.write(sample("x", "a.png"))
+    mixture = folder.open()
+    (folder.root / "a.png").unlink()
+    assert folder.load(mixture, 0, pixels=False).failure is None
+    kind, reason = folder.load(mixture, 0).failure
+    assert kind == "missing file" and "a.png does not exist" in reason
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "message"),
+    [
+        ("{", "bad json", "train.jsonl:3: not valid JSON"),
+        ("[]", "bad json", "expected an object with messages or conversations"),
+        ('{"id": "x"}', "bad json", 'x: expected an object with a list "messages"'),
+        (sample("x", "none.png"), "missing file", "sample x: .*none.png does not exist"),
+        (sample("x", "text.png"), "not an image", "sample x: image .*text.png is not readable"),
+        (sample("x", None), "bad json", 'x: "image" is None; expected the path of a file'),
+        (sample("x", "/etc/passwd"), "outside root", "/etc/passwd leads out of"),
+        (sample("x", "thin.png"), "other", "sample x: image .*thin.png: image of 5000x20 pixels: .*aspect ratio"),
+        (sample("x", "small.png"), "other", "has 13x200 pixels, less than the encoder's patches of 14x14"),
+        ({"id": "x", "messages": [{"role": "user", "content": "q"}]}, "nothing to learn", "no assistant text"),
+        ({"messages": [{"role": "boss", "content": "q"}]}, "bad json", "sample line 3: message role 'boss'"),
+        (sample("x", "a.png", answer="<|image_pad|>"), "bad json", "conversation has 2 image places but 1 images"),
+    ],
+)
+def test_what_is_wrong_is_counted_by_kind_and_named(folder: Folder, line: Any, kind: str, message: str) -> None:
+    (folder.root / "text.png").write_text("no picture")
+    picture(5000, 20).save(folder.root / "thin.png")
+    picture(13, 200).save(folder.root / "small.png")
+    folder.write(sample("good", "a.png"), "", line)
+    (index,) = folder.open().indexes
+    assert len(index) == 1 and [bad.kind for bad in index.bad] == [kind]
+    assert re.search(message, index.bad[0].reason), index.bad[0].reason
+
+
+def test_files_that_are_no_data(folder: Folder) -> None:
+    with pytest.raises(UserError, match=r"train\.jsonl"):
+        folder.open()
+    folder.write("", "  ")
+    with pytest.raises(UserError, match="holds no samples"):
+        folder.open()
+    folder.write("{")
+    with pytest.raises(UserError, match=r"none of the 1 samples can be used; first: .*not valid JSON"):
+        folder.open()
+
+
+def test_an_index_is_made_once_and_anew_when_anything_changes(folder: Folder) -> None:
+    def files() -> set[str]:
+        return {path.name for path in folder.indexes.glob("*.parquet")}
+
+    folder.write(sample("one", "a.png"), sample("two"))
+    first = folder.open().indexes[0]
+    made = files()
+    (file,) = folder.indexes.glob("*.parquet")
+    written = file.stat().st_mtime_ns
+    again = folder.open().indexes[0]
+    assert file.stat().st_mtime_ns == written and files() == made
+    assert list(again) == list(first) and again.media == first.media == [(GRID_4_6,), ()]
+    for changed in ({"max_pixels": 2000}, {"max_tokens": 100}, {"overlong": "drop"}):
+        folder.open(**changed)
+        assert len(files() - made) == 1, changed
+        made = files()
+    folder.write(sample("one", "a.png"), sample("two"), sample("three"))
+    assert len(folder.open()) == 3
+    file.write_bytes(file.read_bytes()[:-100])
+    assert load_index(file, first.fingerprint) is None  # damaged: made anew
+
+
+def test_several_workers_make_the_same_index(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tetrascope.engine.data import mixture
+
+    lines = [sample(f"s{i}", *(["a.png"] * (i % 3)), answer="y" * (1 + i % 7)) for i in range(20)]
+    folder.write(*lines[:10], "{", *lines[10:])
+    alone = folder.open(index_workers=1).indexes[0]
+    monkeypatch.setattr(mixture, "FEW", 0)
+    monkeypatch.setattr(mixture, "CHUNK", 4)
+    folder.indexes = folder.root / "others"
+    several = folder.open(index_workers=2).indexes[0]
+    assert list(several) == list(alone) and several.bad == alone.bad and len(alone.bad) == 1
+    assert all(np.array_equal(several.columns[name], alone.columns[name]) for name in alone.columns)
+
+
+def test_an_over_long_sample_is_an_error_dropped_or_split(folder: Folder) -> None:
+    folder.write(sample("short"), turns("long", 6, image_at=3))
+    whole = folder.open().indexes[0]
+    limit = whole[1].tokens // 2
+    (told,) = folder.open(max_tokens=limit).indexes[0].bad
+    assert told.kind == "too long" and f"sample long: {whole[1].tokens} tokens" in told.reason
+    dropped = folder.open(max_tokens=limit, overlong="drop").indexes[0]
+    assert [bad.kind for bad in dropped.bad] == ["dropped"] and len(dropped) == 1
+
+    mixture = folder.open(max_tokens=limit, overlong="split")
+    (index,) = mixture.indexes
+    (told,) = index.bad
+    assert told.kind == "split" and len(index) >= 3 and all(info.tokens <= limit for info in index)
+    loaded = [folder.load(mixture, place) for place in range(1, len(index))]
+    assert all(one.failure is None for one in loaded)
+    decode = load_tokenizer(mixture.options.tokenizer).decode
+    texts = [decode(one.ids_T.tolist(), skip_special_tokens=False) for one in loaded]
+    for i in range(6):  # every exchange once, question and answer together, the picture with its question
+        (holder,) = [text for text in texts if f"question {i}" in text]
+        assert f"answer {i}" in holder and ("<|image_pad|>" in holder) == ("question 3" in holder)
+    assert all(text.startswith("<|im_start|>system\ns<|im_end|>") for text in texts)
+    learned = sum(int(one.supervised_T.sum()) for one in loaded)
+    assert learned == whole[1].supervised
+
+
+def test_a_sample_that_changes_under_the_run_keeps_its_shape(folder: Folder) -> None:
+    folder.write(sample("x", "a.png"), sample("y"))
+    mixture = folder.open()
+    planned = mixture.indexes[0][0]
+    whole = (folder.root / "a.png").read_bytes()
+    for change in (
+        lambda: (folder.root / "a.png").write_bytes(whole[: len(whole) // 2]),
+        lambda: picture(200, 200).save(folder.root / "a.png"),
+        lambda: folder.file.write_bytes(b"?" * folder.file.stat().st_size),
+    ):
+        change()
+        blank = folder.load(mixture, 0)
+        assert blank.failure is not None
+        assert len(blank.ids_T) == planned.tokens and not blank.supervised_T.any()
+        assert (blank.ids_T == folder.config.image_token_id).sum() == planned.media[0].tokens
+        assert blank.rows.shape == (planned.patches, 1176) and not blank.rows.any()
+        (folder.root / "a.png").write_bytes(whole)
+
+
+def test_several_sources_with_their_own_settings(folder: Folder) -> None:
+    folder.write(sample("one", "a.png"), name="one.jsonl")
+    folder.write(*[sample(f"t{i}") for i in range(3)], name="text.jsonl")
+    mixture = folder.open(
+        sources=[
+            {"path": str(folder.root / "one.jsonl"), "weight": 2.0, "min_pixels": 50176},
+            {"path": str(folder.root / "text.jsonl"), "name": "words", "shuffle": False},
+        ]
+    )
+    assert [(s.name, s.weight, s.shuffle, len(s.infos)) for s in mixture.for_planner()] == [
+        ("one", 2.0, True, 1),
+        ("words", 1.0, False, 3),
+    ]
+    assert mixture.indexes[0][0].patches >= 256  # enlarged, by the source's own bound
+    with pytest.raises(UserError, match="two sources are called 'one'"):
+        validated(
+            DataSection,
+            {"tokenizer": "t", "sources": [{"path": "a/one.jsonl"}, {"path": "b/one.jsonl"}]},
+            "config",
+        )
+
+
+def test_skipped_samples_are_written_once_bounded_and_remembered(tmp_path: Path) -> None:
+    file = tmp_path / "skipped.jsonl"
+    log = SkipLog(file, samples=1000, bound=0.002)
+    skips = [Skip("bad json", "a", 1, "r1"), Skip("dropped", "a", 2, "r2"), Skip("missing file", "b", 1, "r3", 7)]
+    assert log.add(skips) == skips and len(log) == 2  # dropped by choice: named, not counted
+    assert log.add(skips[:1]) == []
+    lines = file.read_text().splitlines()
+    assert [json.loads(line)["reason"] for line in lines] == ["r1", "r2", "r3"]
+    later = SkipLog(None, samples=1000, bound=0.002)
+    later.restore([*lines, '{"kind": "cut'])
+    assert len(later) == 2 and later.add(skips) == []
+    with pytest.raises(UserError, match=r"3 samples cannot be used, more than the 2 that 0\.002 allows .*bad json: 2"):
+        later.add([Skip("bad json", "b", 9, "r4")])
+    assert SkipLog(None, 1000, 3)._limit == 3
