@@ -86,6 +86,21 @@ def supervised(config: Path) -> np.ndarray:
     return open_data(setup).indexes[0].columns["supervised"]
 
 
+def test_workers_and_a_cache_change_nothing_but_who_decodes(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
+    plain = run_in(pool, config, tmp_path / "plain", [], 1, stop=4)
+    cache = tmp_path / "cache"
+    options = ["data.workers=1", "data.prefetch=2", f"data.decode_cache={{dir: {cache}, bytes: 10000000}}"]
+    for out in ("first", "second"):
+        split = run_in(pool, config, tmp_path / out, [*options, "parallel.pp=2"], 2, stop=4)
+        assert _losses(split) == pytest.approx(_losses(plain), rel=RELATIVE), CONTEXT
+        kept = list(cache.rglob("*.frames"))
+        assert len(kept) == 20  # each of the pictures once
+    _truncate(tmp_path, "7.png")
+    again = run_in(pool, config, tmp_path / "again", [*options, "data.max_bad_samples=1"], 1, stop=4)
+    assert again[-1]["skipped"] == 1, "the cache knows that the file is another one now"
+    assert all(0 < s["packing"] <= 1 <= s["decoder_imbalance"] for s in again)
+
+
 def test_videos_train_in_every_layout(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
     add_videos(tmp_path / "train.jsonl", 6)
     several = ["data.max_frames=6", "data.video_max_pixels=3136"]

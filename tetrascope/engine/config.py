@@ -80,16 +80,17 @@ class SourceSection(_Section):
     """One source of a mixture.
 
     path: a file, a pattern or an address, as its format takes it. name: in logs, by default from the path. weight: its
-    share of the samples drawn, beside the others'. shuffle: null for data.shuffle. root: the folder that files of its
-    samples must lie in, by default that of `path`. chat and what follows: null for those of `data`. options: of the
-    format.
+    share of the samples drawn, beside the others'. shuffle: null for data.shuffle; blocks: shards or row groups in
+    another order, and samples inside each, so that what lies together is read together. root: the folder that files of
+    its samples must lie in, by default that of `path`. chat and what follows: null for those of `data`. options: of
+    the format.
     """
 
     path: str
     name: str = ""
     format: str = "auto"
     weight: PositiveFloat = 1.0
-    shuffle: bool | None = None
+    shuffle: bool | Literal["blocks"] | None = None
     root: str | None = None
     chat: str | None = None
     min_pixels: PositiveInt | None = None
@@ -107,7 +108,7 @@ class SourceSection(_Section):
 
     def shuffled(self, data: DataSection) -> bool:
         """Whether the source's samples come in another order in every epoch."""
-        return data.shuffle if self.shuffle is None else self.shuffle
+        return data.shuffle if self.shuffle is None else bool(self.shuffle)
 
 
 class DataSection(_Section):

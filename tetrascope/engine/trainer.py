@@ -24,7 +24,7 @@ from tetrascope.engine.data.skipped import Skip, SkipLog
 from tetrascope.engine.lr import learning_rate
 from tetrascope.engine.metrics import MetricsLog
 from tetrascope.engine.modules import summary, trained
-from tetrascope.engine.plan import CostModel, Cursor, Planner, StepPlan
+from tetrascope.engine.plan import CostModel, Cursor, Planner
 from tetrascope.engine.setup import Setup, index_folder, open_data
 from tetrascope.engine.step import forward_backward
 from tetrascope.engine.storage import from_rank_0
@@ -37,7 +37,11 @@ SAID = 10
 
 @dataclass(frozen=True)
 class StepStats:
-    """What a step did, the same on every rank but for the times. Times in seconds, FLOPs of the whole batch."""
+    """What a step did, the same on every rank but for the times. Times in seconds, FLOPs of the whole batch.
+
+    packing: tokens over the room for them. decoder_imbalance, vision_imbalance: the busiest data-parallel rank's work
+    over the mean.
+    """
 
     loss: float
     grad_norm: float
@@ -49,6 +53,9 @@ class StepStats:
     language_flops: float
     seconds: float
     data_wait: float
+    packing: float = 1.0
+    decoder_imbalance: float = 1.0
+    vision_imbalance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -197,7 +204,7 @@ class Trainer:
         self.optimizer.step(lr, norm)
         dist.all_reduce(loss)
         self.step_number, self.cursor = self.step_number + 1, data.plan.after
-        return self._stats(data.plan, loss.item(), norm.item(), lr, time.monotonic() - began, waited)
+        return self._stats(data, loss.item(), norm.item(), lr, time.monotonic() - began, waited)
 
     def _drop_bad(self, data: StepData) -> frozenset[int]:
         """Agrees with all ranks on the draws that could not be read, takes their weight, returns their places."""
@@ -226,8 +233,8 @@ class Trainer:
             skips.append(Skip(kind, name, number, reason, data.plan.step))
         return self.skipped.add(skips)
 
-    def _stats(self, plan: StepPlan, loss: float, norm: float, lr: float, seconds: float, waited: float) -> StepStats:
-        infos = [self.planner.info(draw) for draw in plan.draws]
+    def _stats(self, data: StepData, loss: float, norm: float, lr: float, seconds: float, waited: float) -> StepStats:
+        infos = [self.planner.info(draw) for draw in data.plan.draws]
         media = [one for info in infos for one in info.media]
         documents = [info.tokens for info in infos]
         vision, language = flops.training_flops(self.setup.model_config, media, documents, trained(self.setup.modules))
@@ -242,6 +249,9 @@ class Trainer:
             language_flops=language,
             seconds=seconds,
             data_wait=waited,
+            packing=data.figures.efficiency,
+            decoder_imbalance=data.figures.ranks.decoder,
+            vision_imbalance=data.figures.ranks.vision,
         )
 
     def save(self) -> Path:
@@ -345,4 +355,7 @@ def _log_values(stats: StepStats) -> dict[str, float]:
         "tokens_per_second": stats.tokens / stats.seconds,
         "step_seconds": stats.seconds,
         "data_wait_seconds": stats.data_wait,
+        "packing_efficiency": stats.packing,
+        "decoder_imbalance": stats.decoder_imbalance,
+        "vision_imbalance": stats.vision_imbalance,
     }

@@ -128,3 +128,19 @@ def test_rounding_of_shares(weights: tuple[float, ...], expected: tuple[int, ...
 def test_mixtures_that_cannot_be(sources: list[Source], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Stream(sources, 0)
+
+
+def test_blocks_are_shuffled_and_stay_together() -> None:
+    ends = (3, 10, 11, 40)
+    stream = Stream([Source("a", 40, blocks=ends)], 1)
+    orders = [[stream[epoch * 40 + i].sample for i in range(40)] for epoch in range(3)]
+    block_of = [next(number for number, end in enumerate(ends) if sample < end) for sample in range(40)]
+    met = []
+    for order in orders:
+        assert sorted(order) == list(range(40))
+        runs = [block_of[sample] for sample in order]
+        met.append([run for i, run in enumerate(runs) if i == 0 or runs[i - 1] != run])
+        assert sorted(met[-1]) == [0, 1, 2, 3]  # every block once, in one piece
+    assert len({tuple(order) for order in orders}) == 3 and len({tuple(order) for order in met}) > 1
+    inside = [sample for sample in orders[0] if block_of[sample] == 3]
+    assert inside != sorted(inside)

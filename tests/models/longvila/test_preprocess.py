@@ -83,7 +83,7 @@ def test_frames_a_second() -> None:
 
 
 def test_what_cannot_be_shown() -> None:
-    with pytest.raises(UserError, match="0x3 pixels: expected at least 1x1"):
+    with pytest.raises(UserError, match="0x3 pixels, expected at least 1x1"):
         processor().image(0, 3, 1)
     with pytest.raises(UserError, match="0 frames"):
         processor().video(0, 30.0, 320, 240)

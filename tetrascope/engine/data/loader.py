@@ -15,17 +15,18 @@ from tetrascope.engine.data.collate import Document, MicroBatch, collate
 from tetrascope.engine.data.decode.pinned import pinned
 from tetrascope.engine.data.decode.workers import DataWorkers
 from tetrascope.engine.data.samples import Loaded, Task
-from tetrascope.engine.plan import Planner, StepPlan
+from tetrascope.engine.plan import Figures, Planner, StepPlan, figures
 from tetrascope.models.family import Family
 from tetrascope.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
 class StepData:
-    """A step's plan, this rank's micro-batches, and what was wrong (kind, reason) with draws that could not be read
-    here, by their place."""
+    """A step's plan and how good it is, this rank's micro-batches, and what was wrong (kind, reason) with draws that
+    could not be read here, by their place."""
 
     plan: StepPlan
+    figures: Figures
     batches: list[MicroBatch]
     failures: dict[int, tuple[str, str]]
 
@@ -100,7 +101,7 @@ class Loader:
                 torch.device("cpu"),
             )
             batches.append(pinned(batch, self._device))
-        return StepData(plan, batches, failures)
+        return StepData(plan, figures(self._planner, plan), batches, failures)
 
     def _document(self, plan: StepPlan, place: int, loaded: Loaded) -> Document:
         """A drawn sample, ready to be packed."""

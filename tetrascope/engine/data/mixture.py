@@ -154,9 +154,26 @@ class Mixture:
                 part.section.weight,
                 part.section.shuffled(self.options),
                 index.columns["tokens"],
+                _blocks(part, index),
             )
             for part, index in zip(self.parts, self.indexes, strict=True)
         ]
+
+
+def _blocks(part: DataPart, index: Index) -> tuple[int, ...] | None:
+    """Ends, in the index, of the runs that the source reads together; None unless its shuffle is `blocks`.
+
+    Raises UserError when its format has no such runs.
+    """
+    if part.section.shuffle != "blocks":
+        return None
+    if not hasattr(part.source, "blocks"):
+        raise UserError(
+            f"data.sources: {part.section.name} has no blocks to shuffle (tar shards and Parquet have); set its "
+            "shuffle to true or false"
+        )
+    ends = np.searchsorted(index.columns["number"], [block.stop for block in part.source.blocks()])
+    return tuple(sorted({int(end) for end in ends if end}))
 
 
 def index_key(part: DataPart, options: DataSection, family: Family, config: Any) -> str:

@@ -7,7 +7,7 @@ data-parallel ranks, `planner` joins the four, `report` says how well.
 from tetrascope.engine.plan.cost import Cost, CostFn, CostModel, row_cost
 from tetrascope.engine.plan.cursor import Cursor
 from tetrascope.engine.plan.planner import MicroBatchPlan, Planner, SourceIndex, StepPlan
-from tetrascope.engine.plan.report import Figures, PlanReport, report
+from tetrascope.engine.plan.report import Figures, PlanReport, figures, report
 from tetrascope.engine.plan.sample import SampleInfo
 from tetrascope.engine.plan.stream import Draw, Source, Stream
 
@@ -26,6 +26,7 @@ __all__ = [
     "SourceIndex",
     "StepPlan",
     "Stream",
+    "figures",
     "report",
     "row_cost",
 ]

@@ -72,7 +72,7 @@ class StepPlan:
 class SourceIndex:
     """What is known of a source: its samples, and its part in the mixture (`stream.Source`).
 
-    lengths: tokens of all samples, where they are at hand without asking one sample after the other.
+    lengths: tokens of all samples, where they are at hand without asking one sample after the other. blocks: see there.
     """
 
     name: str
@@ -80,6 +80,7 @@ class SourceIndex:
     weight: float = 1.0
     shuffle: bool = True
     lengths: np.ndarray | None = None
+    blocks: tuple[int, ...] | None = None
 
 
 class Planner:
@@ -100,7 +101,7 @@ class Planner:
     ) -> None:
         self.sources, self.batch, self.cost, self.layout = tuple(sources), batch, cost, layout
         self._per_rank = batch.per_rank(layout.dp)
-        self.stream = Stream([Source(s.name, len(s.infos), s.weight, s.shuffle) for s in sources], seed)
+        self.stream = Stream([Source(s.name, len(s.infos), s.weight, s.shuffle, s.blocks) for s in sources], seed)
         self._check_samples() if batch.pack is None else self._check_tokens(batch.pack)
         self._known = {0: Cursor()}
 

@@ -30,8 +30,16 @@ class PlanReport:
     naive: Figures
 
 
+def figures(planner: Planner, plan: StepPlan) -> Figures:
+    """Figures of one step as it is planned."""
+    infos = [planner.info(draw) for draw in plan.draws]
+    dealt = [[micro.samples for micro in rank] for rank in plan.micro_batches]
+    costs = [planner.cost(info) for info in infos]
+    return _figures(dealt, [info.tokens for info in infos], costs, planner.batch.pack)
+
+
 def report(planner: Planner, plan: StepPlan) -> PlanReport:
-    """Figures of one step of a planner."""
+    """Figures of one step as it is planned, and as it would be in order of arrival."""
     infos = [planner.info(draw) for draw in plan.draws]
     tokens, costs = [info.tokens for info in infos], [planner.cost(info) for info in infos]
     ranks = len(plan.micro_batches)

@@ -22,12 +22,15 @@ BLOCK = 4096
 @dataclass(frozen=True)
 class Source:
     """A data set of a mixture. weight: its share of the samples drawn, relative to the others. shuffle: anew in every
-    epoch; False goes through it in its own order."""
+    epoch; False goes through it in its own order. blocks: ends of runs of samples that are read together (a shard of
+    tar files, a row group); they are shuffled, and the samples inside each, but no sample leaves its run. None: all
+    samples are shuffled alike."""
 
     name: str
     length: int
     weight: float = 1.0
     shuffle: bool = True
+    blocks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,11 @@ class Stream:
         length = self.sources[number].length
         kind = np.int32 if length < 2**31 else np.int64  # half the memory where it does
         generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch], counter=[0, 0, number, 0]))
-        return generator.permutation(np.arange(length, dtype=kind))
+        ends = self.sources[number].blocks
+        if ends is None:
+            return generator.permutation(np.arange(length, dtype=kind))
+        runs = np.split(np.arange(length, dtype=kind), ends[:-1])
+        return np.concatenate([generator.permutation(runs[run]) for run in generator.permutation(len(runs))])
 
 
 def places_per_block(sources: Sequence[Source]) -> tuple[int, ...]:

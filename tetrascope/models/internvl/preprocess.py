@@ -10,8 +10,8 @@ from PIL import Image
 from tetrascope.errors import UserError
 from tetrascope.models.internvl.config import InternVLConfig, framed, tiled
 from tetrascope.models.internvl.positions import patch_order
-from tetrascope.models.layers.frames import internvl_frames
-from tetrascope.models.layers.tiles import dynamic_grid, dynamic_tiles, normalized, patchify
+from tetrascope.models.layers.frames import check_rate, internvl_frames
+from tetrascope.models.layers.tiles import check_size, dynamic_grid, dynamic_tiles, normalized, patchify
 from tetrascope.models.media import Media, MediaOptions
 
 MEDIA_OPTIONS = frozenset(("max_tiles", "min_frames", "max_frames"))
@@ -51,7 +51,9 @@ class InternVLMedia:
         return tiled(self._config, (columns, rows, most), tiles, size=(width, height))
 
     def video(self, frames: int, fps: float, width: int, height: int) -> Media:
-        """Raises UserError for fewer frames than min_frames."""
+        """Raises UserError for fewer frames than min_frames, and for a rate or size that is not positive."""
+        check_rate(fps)
+        check_size(width, height)
         if frames < self._min_frames:
             raise UserError(
                 f"a video has {frames} frames, at least {self._min_frames} are needed; leave it out of the data or "

@@ -27,7 +27,8 @@ def _enough(total: int, needed: int) -> None:
         )
 
 
-def _rate(fps: float, name: str) -> None:
+def check_rate(fps: float, name: str = "the video's frame rate") -> None:
+    """Raises UserError for a rate that is not a positive number."""
     if not (fps > 0 and math.isfinite(fps)):
         raise UserError(f"{name} is {fps}, expected a positive number of frames per second")
 
@@ -63,8 +64,8 @@ def qwen_frame_count(
     frames; a video with fewer than `min_frames` gives what it has (the originals' behaviour).
     """
     _enough(total, temporal_patch)
-    _rate(video_fps, "the video's frame rate")
-    _rate(fps, "fps")
+    check_rate(video_fps)
+    check_rate(fps, "fps")
     upper = min(max_frames, total) // temporal_patch * temporal_patch
     n = min(max(total / video_fps * fps, min_frames), upper)
     return math.floor(n / temporal_patch) * temporal_patch
@@ -100,8 +101,8 @@ def qwen3_frames(
     last frame of an odd number. Source: transformers' `video_processing_qwen3_vl.py`, `sample_frames`.
     """
     _enough(total, 1)
-    _rate(video_fps, "the video's frame rate")
-    _rate(fps, "fps")
+    check_rate(video_fps)
+    check_rate(fps, "fps")
     return nearest_uniform_frames(total, min(max(int(total / video_fps * fps), min_frames), max_frames, total))
 
 
@@ -133,8 +134,8 @@ def onevision_frames(total: int, video_fps: float, *, fps: float = 1.0, max_fram
     (the original's step would be 0, an error).
     """
     _enough(total, 1)
-    _rate(video_fps, "the video's frame rate")
-    _rate(fps, "fps")
+    check_rate(video_fps)
+    check_rate(fps, "fps")
     numbers = list(range(0, total, max(1, round(video_fps / fps))))
     return numbers if len(numbers) <= max_frames else uniform_frames(total, max_frames)
 

@@ -23,9 +23,12 @@ from tetrascope.errors import UserError
 BICUBIC = Image.Resampling.BICUBIC
 
 
-def _real(width: int, height: int) -> None:
+def check_size(width: int, height: int) -> None:
+    """Raises UserError for a picture or frame without pixels."""
     if width < 1 or height < 1:
-        raise UserError(f"an image has {width}x{height} pixels, expected at least 1x1; leave it out of the data")
+        raise UserError(
+            f"an image or frame has {width}x{height} pixels, expected at least 1x1; leave it out of the data"
+        )
 
 
 # --- LLaVA AnyRes: geometry
@@ -37,7 +40,7 @@ def select_resolution(width: int, height: int, pinpoints: Sequence[Sequence[int]
     Most effective pixels, min(⌊w·s⌋·⌊h·s⌋, w·h) with s the scale that fits; then least waste; then the first. Source:
     LLaVA-NeXT `llava/mm_utils.py`, `select_best_resolution`.
     """
-    _real(width, height)
+    check_size(width, height)
     if not pinpoints:
         raise UserError("image_grid_pinpoints is empty, expected a list of [height, width]")
     best: tuple[int, int] | None = None
@@ -134,7 +137,7 @@ def dynamic_grid(
     different orders, which shows only where two of one area are equally near and no other is nearer: not at all with
     min_tiles = 1.
     """
-    _real(width, height)
+    check_size(width, height)
     if not 1 <= min_tiles <= max_tiles:
         raise UserError(f"min_tiles = {min_tiles} and max_tiles = {max_tiles}: expected 1 <= min_tiles <= max_tiles")
     best, best_distance = (1, 1), math.inf

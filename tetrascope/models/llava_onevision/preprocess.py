@@ -15,7 +15,7 @@ from PIL import Image
 
 from tetrascope.errors import UserError
 from tetrascope.models.layers.frames import onevision_frames
-from tetrascope.models.layers.tiles import BICUBIC, anyres_views, normalized, pad_to_square, patchify, rgb
+from tetrascope.models.layers.tiles import BICUBIC, anyres_views, check_size, normalized, pad_to_square, patchify, rgb
 from tetrascope.models.llava_onevision.config import LlavaOneVisionConfig
 from tetrascope.models.llava_onevision.views import SINGLE, anyres_media, single_media, video_media
 from tetrascope.models.media import Media, MediaOptions
@@ -51,7 +51,8 @@ class LlavaOneVisionMedia:
         return single_media(self._vision, newline=images > 1, width=width, height=height)
 
     def video(self, frames: int, fps: float, width: int, height: int) -> Media:
-        """Raises UserError for a video without frames."""
+        """Raises UserError for a video without frames or pixels, and for a rate that is not positive."""
+        check_size(width, height)
         chosen = self._options
         numbers = onevision_frames(frames, fps, fps=chosen.fps or FPS, max_frames=chosen.max_frames or MAX_FRAMES)
         times = tuple(n / fps for n in numbers)

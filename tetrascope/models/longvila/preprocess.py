@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tetrascope.errors import UserError
-from tetrascope.models.layers.frames import vila_frames
-from tetrascope.models.layers.tiles import patchify, rgb
+from tetrascope.models.layers.frames import check_rate, vila_frames
+from tetrascope.models.layers.tiles import check_size, patchify, rgb
 from tetrascope.models.longvila.config import LongVilaConfig, clip, picture
 from tetrascope.models.media import Media, MediaOptions
 
@@ -40,13 +39,14 @@ class LongVilaMedia:
 
     def image(self, width: int, height: int, images: int) -> Media:
         """Raises UserError for no pixels at all."""
-        _real(width, height)
+        check_size(width, height)
         return picture(self._config, (width, height))
 
     def video(self, frames: int, fps: float, width: int, height: int) -> Media:
-        """Raises UserError for a video without frames or pixels."""
-        _real(width, height)
-        most = min(self._max_frames, frames)
+        """Raises UserError for a video without frames or pixels, and for a rate that is not positive."""
+        check_rate(fps)
+        check_size(width, height)
+        most = min(self._max_frames, max(1, frames))
         if self._fps is not None:
             most = min(most, max(2, math.floor(frames / fps * self._fps)))
         numbers = tuple(vila_frames(frames, most))
@@ -68,8 +68,3 @@ class LongVilaMedia:
         tower = Path(folder, "vision_tower")
         tower.mkdir(parents=True, exist_ok=True)
         self._processor.save_pretrained(str(tower))
-
-
-def _real(width: int, height: int) -> None:
-    if width < 1 or height < 1:
-        raise UserError(f"{width}x{height} pixels: expected at least 1x1; leave it out of the data")
