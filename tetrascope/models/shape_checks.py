@@ -25,7 +25,7 @@ def check_heads(decoder: DecoderShape, own_width: bool = False) -> None:
     derived = d.head_dim == d.hidden // d.heads
     if d.head_dim % 2 or (derived and d.hidden % d.heads):
         raise UserError(f"model.config.decoder: hidden {d.hidden} must be an even multiple of heads {d.heads}")
-    if False:
+    if not derived and not own_width:
         raise UserError(
             f"model.config.decoder.head_dim: {d.head_dim} must be hidden / heads, {d.hidden} / {d.heads}, which is all "
             "that the family's config.json can say; remove it"

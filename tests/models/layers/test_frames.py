@@ -99,12 +99,6 @@ def test_internvl_hf_rule_is_that_of_transformers(total: int) -> None:
     assert frames.internvl_frames(total, 8, rule="hf") == theirs
 
 
-def test_internvl_count_covers_its_range_evenly() -> None:
-    counts = [frames.internvl_frame_count(1000, draw / 1700) for draw in range(1700)]
-    assert {n: counts.count(n) for n in set(counts)} == {n: 100 for n in range(4, 21)}
-    assert frames.internvl_frame_count(7, 0.999) == 7
-
-
 def test_vila() -> None:
     assert frames.vila_frames(10, 4) == [0, 3, 6, 9]
     assert frames.vila_frames(11, 4) == [0, 3, 7, 10]  # 3.33, 6.67
@@ -137,7 +131,6 @@ def test_too_few_frames_are_refused() -> None:
         lambda: frames.qwen_frames(1, 25.0),
         lambda: frames.qwen3_frames(0, 25.0),
         lambda: frames.onevision_frames(0, 25.0),
-        lambda: frames.internvl_frame_count(3, 0.5),
         lambda: frames.internvl_frames(3, 4),
         lambda: frames.vila_frames(3, 4),
         lambda: frames.vila_frames(4, 4, rule="opencv"),

@@ -143,19 +143,6 @@ def onevision_frames(total: int, video_fps: float, *, fps: float = 1.0, max_fram
 # --- InternVL
 
 
-def internvl_frame_count(total: int, draw: float, *, min_frames: int = 4, max_frames: int = 20) -> int:
-    """How many frames in training: uniform over [min_frames, max_frames], at most `total`.
-
-    Args:
-        draw: a random number in [0, 1), from the caller's generator for this sample.
-
-    Source: OpenGVLab/InternVL `internvl_chat/internvl/train/dataset.py`, `read_frames_decord`. Raises UserError for
-    fewer than `min_frames` frames.
-    """
-    _enough(total, min_frames)
-    return min(total, min_frames + int(draw * (max_frames - min_frames + 1)))
-
-
 def internvl_frames(total: int, n: int, *, rule: Literal["segments", "intervals", "hf"] = "segments") -> list[int]:
     """One frame from the middle of each of `n` equal segments.
 

@@ -90,7 +90,8 @@ class TrainedGroup(FlatGroup):
         shared = self.params.dtype == torch.float32
         self.master = nn.Parameter(self._own if shared else torch.zeros(self.share, device=device))
         for name, param in spec.params.items():
-            param.register_post_accumulate_grad_hook(self._accumulate(self.spans[name]))
+            param.register_post_accumulate_grad_hook(self._accumulate(name))
+        self._written: set[str] = set()
 
     @property
     def values(self) -> Tensor:
@@ -101,18 +102,27 @@ class TrainedGroup(FlatGroup):
             self._own.copy_(self.values)
         super().publish()
 
-    def _accumulate(self, span: Span) -> Any:
+    def zero_grad(self) -> None:
+        """Forgets the accumulated gradients. Their memory is written over by the next ones: zeroing it now, to add to
+        it later, would be two passes more over all of it."""
+        self._written.clear()
+
+    def _accumulate(self, name: str) -> Any:
+        span = self.spans[name]
         main = self.grads[span.start : span.stop].view(span.shape)
 
         def hook(param: Tensor) -> None:
             if param.grad is not None:
-                main.add_(param.grad)
+                main.add_(param.grad) if name in self._written else main.copy_(param.grad)
+                self._written.add(name)
                 param.grad = None
 
         return hook
 
     def reduce(self, tensor_parallel: dist.ProcessGroup, pipeline_ends: dist.ProcessGroup) -> None:
         """Sums the gradients over everybody who holds a part of them; this rank's share lands in `master.grad`."""
+        for name in self.spans.keys() - self._written:  # no gradient reached them in this step
+            self.grads[self.spans[name].start : self.spans[name].stop].zero_()
         if self.data.size() == 1:
             share = self.grads
         else:

@@ -51,7 +51,7 @@ class ZeroAdamW:
     def zero_grad(self) -> None:
         """Forgets the accumulated gradients."""
         for group in self.trained:
-            group.grads.zero_()
+            group.zero_grad()
 
     def reduce(self) -> Tensor:
         """Sums the gradients over the ranks; returns the norm over all that is trained, fp32 scalar.

@@ -18,7 +18,7 @@ from tetrascope.tools.verify.families import qwen2_vl as family
 SIZES = {
     "0.5M": (Qwen2VLDecoder(64, 192, 4, 4, 2, 2048), Qwen2VLVision(64, 2, 4), (2, 3, 3)),
     "5M": (Qwen2VLDecoder(256, 704, 4, 4, 2, 4096), Qwen2VLVision(128, 4, 4), (8, 12, 12)),
-    "20M": (Qwen2VLDecoder(384, 1024, 8, 6, 2, 8192), Qwen2VLVision(192, 6, 6), (8, 12, 12)),
+    "20M": (Qwen2VLDecoder(384, 1024, 8, 6, 2, 4096), Qwen2VLVision(192, 6, 6), (8, 12, 12)),
 }
 """Decoder, vision encoder and rotary section, by their parameters."""
 
