@@ -23,8 +23,9 @@ from tetrascope.models.family import Family, family_of, get_family
 from tetrascope.models.layers.attention import AttentionFn, pick_attention
 from tetrascope.models.media import MEDIA_OPTIONS
 from tetrascope.parallel.mesh import Layout
-from tetrascope.parallel.pipeline.actions import Schedule, validate
-from tetrascope.parallel.pipeline.generators import SCHEDULES
+from tetrascope.parallel.pipeline.actions import Schedule
+from tetrascope.parallel.pipeline.generators import GENERATORS, SCHEDULES
+from tetrascope.parallel.pipeline.validator import validate
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,11 @@ def blueprint(config: Config, world: int | None) -> Blueprint:
 
 def _blueprint(config: Config, family: Family, model_config: Any, layout: Layout) -> Blueprint:
     if config.parallel.schedule not in SCHEDULES:
+        known = config.parallel.schedule in GENERATORS
+        problem = "runs do not support {!r} yet, only the simulator does" if known else "unknown {!r}"
         raise UserError(
-            f"parallel.schedule: unknown {config.parallel.schedule!r}; choose one of {', '.join(sorted(SCHEDULES))}"
+            f"parallel.schedule: {problem.format(config.parallel.schedule)}; "
+            f"choose one of {', '.join(sorted(SCHEDULES))}"
         )
     check_media_options(config.data, family)
     check_layout(family, model_config, layout, config.parallel.split)

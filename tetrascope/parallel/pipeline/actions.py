@@ -2,92 +2,131 @@
 
 A schedule is a list of actions per stage, printable and comparable: `F0 F1 B0 F2 B1 B2`. Sends and receives are not
 in it; they follow from the order.
+
+The model is cut into chunks, numbered from input to output over all stages. Which stage holds a chunk is where its
+actions stand: with one chunk a stage, chunk s is stage s; interleaved on p stages, stage s holds chunks s, p + s, ...;
+folded into a V, chunks s and 2p − 1 − s.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import zip_longest
 
 from tetrascope.errors import UserError
 
 
 class Kind(str, Enum):
-    """Forward or backward of a micro-batch."""
+    """What is done with a micro-batch.
+
+    The gradient is computed either by one full backward, or in two parts (arXiv 2401.10241 §2): that of the chunk's
+    input, for which the chunk before waits, and that of its weights, for which nothing waits before the optimizer.
+    """
 
     FORWARD = "F"
     BACKWARD = "B"
+    BACKWARD_INPUT = "I"
+    BACKWARD_WEIGHT = "W"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Action:
-    """One piece of work of a stage."""
+    """One piece of work of a stage: a micro-batch through a chunk of the model. Numbers count from 0."""
 
     kind: Kind
     micro_batch: int
+    chunk: int
 
     def __str__(self) -> str:
-        return f"{self.kind.value}{self.micro_batch}"
+        return f"{self.kind.value}{self.micro_batch}c{self.chunk}"
 
 
 Schedule = tuple[tuple[Action, ...], ...]
 """Actions in order, by stage."""
 
+_IDLE = "-"
+_WORD = re.compile(r"([FBIW])([0-9]+)(?:c([0-9]+))?")
+
+
+def name(action: Action, stage: int) -> str:
+    """An action as it is written in the line of a stage: `F3c5`, or `F3` where the chunk has the stage's number."""
+    return f"{action.kind.value}{action.micro_batch}" if action.chunk == stage else str(action)
+
 
 def to_text(schedule: Schedule) -> str:
-    """One line a stage."""
-    return "\n".join(" ".join(map(str, actions)) for actions in schedule)
+    """One line a stage; a stage without actions is a dash."""
+    return "\n".join(" ".join(name(a, s) for a in actions) or _IDLE for s, actions in enumerate(schedule))
 
 
 def from_text(text: str) -> Schedule:
-    """Reads what `to_text` writes. Raises UserError for a word that is no action."""
-    return tuple(tuple(_action(word) for word in line.split()) for line in text.strip().splitlines())
+    """Reads what `to_text` writes; blank lines do not count. Raises UserError for a word that is no action."""
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    return tuple(tuple(_action(word, stage) for word in words if words != [_IDLE]) for stage, words in enumerate(lines))
 
 
-def _action(word: str) -> Action:
-    if word[:1] not in ("F", "B") or not (word.isascii() and word[1:].isdigit()):
-        raise UserError(f"schedule: {word!r} is no action; expected F or B and a micro-batch number, as in F0")
-    return Action(Kind(word[0]), int(word[1:]))
+def _action(word: str, stage: int) -> Action:
+    found = _WORD.fullmatch(word)
+    if found is None:
+        raise UserError(
+            f"schedule: {word!r} is no action; expected F or B and a micro-batch number, as in F0, or I or W for the "
+            "parts of a backward; a chunk other than the stage's own follows, as in F0c5"
+        )
+    kind, micro_batch, chunk = found.groups()
+    return Action(Kind(kind), int(micro_batch), stage if chunk is None else int(chunk))
 
 
-def validate(schedule: Schedule, micro_batches: int) -> None:
-    """Raises UserError unless every stage does every action once, in an order that fits its neighbours', to the end.
-
-    Runs the schedule with buffered sends and blocking receives, as the executor does: a forward waits for the stage
-    before it, a backward for the stage after it and for its own forward.
-    """
-    expected = {Action(kind, m) for kind in Kind for m in range(micro_batches)}
-    for stage, actions in enumerate(schedule):
-        if len(actions) != len(expected) or set(actions) != expected:
-            raise UserError(
-                f"schedule: stage {stage} must forward and backward each of {micro_batches} micro-batches once"
-            )
-    for kind in Kind:
-        # Transfers carry no names: the n-th send must be what the neighbour's n-th receive is for.
-        orders = [[a.micro_batch for a in actions if a.kind is kind] for actions in schedule]
-        for stage, order in enumerate(orders):
-            if order != orders[0]:
-                raise UserError(
-                    f"schedule: stages 0 and {stage} do the {kind.name.lower()}s of the micro-batches in different "
-                    f"orders, {orders[0]} and {order}; all stages must keep to one"
-                )
-    done: set[tuple[int, Action]] = set()
-    cursor = [0] * len(schedule)
-    moved = True
-    while moved:
-        moved = False
-        for stage, actions in enumerate(schedule):
-            while cursor[stage] < len(actions) and _needs(stage, actions[cursor[stage]], len(schedule)) <= done:
-                done.add((stage, actions[cursor[stage]]))
-                cursor[stage] += 1
-                moved = True
-    stuck = [f"stage {s} at {actions[cursor[s]]}" for s, actions in enumerate(schedule) if cursor[s] < len(actions)]
-    if stuck:
-        raise UserError(f"schedule: deadlock, {', '.join(stuck)}")
+def difference(left: Schedule, right: Schedule) -> str:
+    """A line for each stage on which two schedules part, at the first action that is not the same; empty if none."""
+    lines = []
+    for stage, (ours, theirs) in enumerate(zip_longest(left, right)):
+        if ours is None or theirs is None:
+            lines.append(f"stage {stage}: only in the {'right' if ours is None else 'left'} schedule")
+        elif ours != theirs:
+            pairs = list(zip_longest(ours, theirs))
+            at = next(i for i, (a, b) in enumerate(pairs) if a != b)
+            a, b = ("nothing more" if action is None else name(action, stage) for action in pairs[at])
+            lines.append(f"stage {stage}, position {at}: {a} on the left, {b} on the right")
+    return "\n".join(lines)
 
 
-def _needs(stage: int, action: Action, stages: int) -> set[tuple[int, Action]]:
-    if action.kind is Kind.FORWARD:
-        return {(stage - 1, action)} if stage else set()
-    needs = {(stage, Action(Kind.FORWARD, action.micro_batch))}
-    return needs | ({(stage + 1, action)} if stage < stages - 1 else set())
+class Graph:
+    """What has to be done before what, apart from the order on each stage. For complete schedules (see `validate`)."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.place: Mapping[Action, tuple[int, int]] = {
+            action: (stage, at) for stage, actions in enumerate(schedule) for at, action in enumerate(actions)
+        }
+        self.chunks = 1 + max((action.chunk for action in self.place), default=-1)
+
+    def needs(self, action: Action) -> tuple[Action, ...]:
+        """A forward needs the chunk before; a backward its own forward and the gradient that the chunk after sends;
+        the gradient of the weights that of the input."""
+        m, chunk = action.micro_batch, action.chunk
+        if action.kind is Kind.BACKWARD_WEIGHT:
+            return (Action(Kind.BACKWARD_INPUT, m, chunk),)
+        if action.kind is Kind.FORWARD:
+            return (Action(Kind.FORWARD, m, chunk - 1),) if chunk else ()
+        forward = Action(Kind.FORWARD, m, chunk)
+        return (forward, self._gradient_of(m, chunk + 1)) if chunk < self.chunks - 1 else (forward,)
+
+    def feeds(self, action: Action) -> Action | None:
+        """The action of the neighbouring chunk that takes this one's output; None if there is none."""
+        m, chunk = action.micro_batch, action.chunk
+        if action.kind is Kind.BACKWARD_WEIGHT:
+            return None
+        if action.kind is Kind.FORWARD:
+            return Action(Kind.FORWARD, m, chunk + 1) if chunk < self.chunks - 1 else None
+        return self._gradient_of(m, chunk - 1) if chunk else None
+
+    def travels(self, action: Action) -> bool:
+        """Whether this one's output goes to another stage."""
+        target = self.feeds(action)
+        return target is not None and self.place[target][0] != self.place[action][0]
+
+    def _gradient_of(self, micro_batch: int, chunk: int) -> Action:
+        """The action that gives the gradient of this chunk's input."""
+        full = Action(Kind.BACKWARD, micro_batch, chunk)
+        return full if full in self.place else Action(Kind.BACKWARD_INPUT, micro_batch, chunk)

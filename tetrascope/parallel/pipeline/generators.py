@@ -5,27 +5,75 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tetrascope.parallel.pipeline.actions import Action, Kind, Schedule
+from tetrascope.parallel.pipeline.zero_bubble import without_later, zb_h1, zb_v
 
 
 def gpipe(stages: int, micro_batches: int) -> Schedule:
-    """All forwards, then all backwards (arXiv 1811.06965). Keeps every micro-batch's activations."""
-    forwards = tuple(Action(Kind.FORWARD, m) for m in range(micro_batches))
-    backwards = tuple(Action(Kind.BACKWARD, m) for m in range(micro_batches))
-    return (forwards + backwards,) * stages
+    """All forwards, then all backwards (arXiv 1811.06965). Keeps every micro-batch's activations.
+
+    With p stages, m micro-batches and equal costs a share (p − 1) / (m + p − 1) of the time is bubble (§2.3 there).
+    """
+    return tuple(
+        tuple(Action(kind, m, stage) for kind in (Kind.FORWARD, Kind.BACKWARD) for m in range(micro_batches))
+        for stage in range(stages)
+    )
 
 
 def one_forward_one_backward(stages: int, micro_batches: int) -> Schedule:
-    """1F1B: stage s keeps at most stages − s micro-batches in flight (PipeDream-Flush, arXiv 2006.09503)."""
+    """1F1B: stage s keeps at most stages − s micro-batches in flight (PipeDream-Flush, arXiv 2006.09503).
+
+    Its bubble is GPipe's.
+    """
+    return tuple(
+        _alternate(
+            [Action(Kind.FORWARD, m, stage) for m in range(micro_batches)],
+            [Action(Kind.BACKWARD, m, stage) for m in range(micro_batches)],
+            warm_up=stages - 1 - stage,
+        )
+        for stage in range(stages)
+    )
+
+
+def interleaved(stages: int, micro_batches: int, virtual_stages: int = 2) -> Schedule:
+    """Interleaved 1F1B (arXiv 2104.04473 §2.2): stage s of p holds chunks s, p + s, ..., (v − 1)·p + s.
+
+    Micro-batches go in groups of p: a group's forwards through the stage's first chunk, then through its second, and
+    so on; backwards from the last chunk to the first. With m a multiple of p, and costs that are equal in all chunks,
+    a share (p − 1) / (v·m + p − 1) of the time is bubble, with v times as many transfers as in 1F1B. Any other m is
+    the schedule for the next multiple without the micro-batches that there are not: leaving one out of a valid
+    schedule leaves a valid one, since micro-batches do not wait for each other but on their own stage.
+    """
+    if virtual_stages == 1:
+        return one_forward_one_backward(stages, micro_batches)
+    groups = -(-micro_batches // stages)
     schedule = []
     for stage in range(stages):
-        warm_up = min(stages - 1 - stage, micro_batches)
-        actions = [Action(Kind.FORWARD, m) for m in range(warm_up)]
-        for m in range(warm_up, micro_batches):
-            actions += [Action(Kind.FORWARD, m), Action(Kind.BACKWARD, m - warm_up)]
-        actions += [Action(Kind.BACKWARD, m) for m in range(micro_batches - warm_up, micro_batches)]
-        schedule.append(tuple(actions))
-    return tuple(schedule)
+        chunks = [stages * k + stage for k in range(virtual_stages)]
+
+        def actions(kind: Kind, order: list[int]) -> list[Action]:
+            return [Action(kind, g * stages + i, c) for g in range(groups) for c in order for i in range(stages)]
+
+        # A stage waits a round trip to the last for the first gradient, two actions for each stage on the way, after
+        # the first group has gone through all of its chunks but the last.
+        warm_up = 2 * (stages - 1 - stage) + (virtual_stages - 1) * stages
+        schedule.append(_alternate(actions(Kind.FORWARD, chunks), actions(Kind.BACKWARD, chunks[::-1]), warm_up))
+    return without_later(tuple(schedule), micro_batches)
+
+
+def _alternate(forwards: list[Action], backwards: list[Action], warm_up: int) -> tuple[Action, ...]:
+    """`warm_up` forwards, then one forward and one backward in turn, then the backwards that are left."""
+    warm_up = min(warm_up, len(forwards))
+    steady = [action for pair in zip(forwards[warm_up:], backwards, strict=False) for action in pair]
+    return (*forwards[:warm_up], *steady, *backwards[len(forwards) - warm_up :])
 
 
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {"1f1b": one_forward_one_backward, "gpipe": gpipe}
-"""Generators by name."""
+"""Generators by name: those that the executor runs."""
+
+GENERATORS: dict[str, Callable[[int, int], Schedule]] = {
+    **SCHEDULES,
+    "interleaved": interleaved,
+    "zb-h1": zb_h1,
+    "zb-v": zb_v,
+}
+"""All generators by name, for the simulator: also those with several chunks a stage or a backward in two parts."""

@@ -1,0 +1,162 @@
+"""Proof, before anything runs, that a schedule is complete, comes to its end, and keeps within its memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from tetrascope.errors import UserError
+from tetrascope.parallel.pipeline.actions import Action, Graph, Kind, Schedule, name
+
+
+def validate(
+    schedule: Schedule,
+    micro_batches: int,
+    max_live: int | Sequence[int] | None = None,
+    blocking_sends: bool = False,
+) -> None:
+    """Raises UserError, naming stage, position (from 0) and action, unless
+
+    - each chunk, from the first to the last without a gap, has one stage, which forwards every micro-batch once and
+      takes its gradient once: in one backward, or in its two parts;
+    - every receive gets what it is for, though transfers carry no names: what one stage sends another in one
+      direction arrives in the order in which it is wanted;
+    - the stages come to the end. Receives wait. Sends are buffered, as in the executor; with blocking_sends they are
+      not: a stage posts what its last action sends together with what its next action receives, and goes on when
+      both are through;
+    - no stage holds more activations at once than max_live (one number, or one for each stage): micro-batches of a
+      chunk that were forwarded and whose backward, both parts of it, is not done.
+    """
+    _check_complete(schedule, micro_batches)
+    graph = Graph(schedule)
+    _check_channels(schedule, graph)
+    order_of_execution(schedule, graph, blocking_sends)
+    if max_live is not None:
+        _check_live(schedule, [max_live] * len(schedule) if isinstance(max_live, int) else max_live)
+
+
+def live_activations(actions: Sequence[Action]) -> list[int]:
+    """How many micro-batches of its chunks a stage holds after each of its actions."""
+    live, counts = 0, []
+    for action in actions:
+        live += (action.kind is Kind.FORWARD) - (action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT))
+        counts.append(live)
+    return counts
+
+
+def order_of_execution(schedule: Schedule, graph: Graph, blocking_sends: bool = False) -> list[Action]:
+    """All actions in an order in which the stages can do them. Raises UserError when the stages wait for each other."""
+    cursor = [0] * len(schedule)
+    order: list[Action] = []
+    done: set[Action] = set()
+
+    def waits_for(stage: int) -> Action | None:
+        """What has to happen before the stage goes on: an action to be done, or one to be waited for by its stage."""
+        at = cursor[stage]
+        for need in graph.needs(schedule[stage][at]):
+            if need not in done:
+                return need
+        if blocking_sends and at and graph.travels(schedule[stage][at - 1]):
+            receiver = graph.feeds(schedule[stage][at - 1])
+            if receiver is not None:
+                there, posted = graph.place[receiver]
+                return receiver if cursor[there] < posted else None
+        return None
+
+    moved = True
+    while moved:
+        moved = False
+        for stage, actions in enumerate(schedule):
+            while cursor[stage] < len(actions) and waits_for(stage) is None:
+                done.add(actions[cursor[stage]])
+                order.append(actions[cursor[stage]])
+                cursor[stage] += 1
+                moved = True
+    stuck = [stage for stage, actions in enumerate(schedule) if cursor[stage] < len(actions)]
+    if stuck:
+        places = [f"{_where(schedule, s, cursor[s])} waits for {_whom(graph, waits_for(s))}" for s in stuck]
+        raise UserError(f"schedule: deadlock; {'; '.join(places)}")
+    return order
+
+
+def _check_complete(schedule: Schedule, micro_batches: int) -> None:
+    stage_of: dict[int, int] = {}
+    for stage, actions in enumerate(schedule):
+        seen: dict[Action, int] = {}
+        for at, action in enumerate(actions):
+            here = f"schedule: {_where(schedule, stage, at)}"
+            if action.micro_batch >= micro_batches:
+                raise UserError(f"{here}: there are {micro_batches} micro-batches, counted from 0")
+            if stage_of.setdefault(action.chunk, stage) != stage:
+                raise UserError(f"{here}: chunk {action.chunk} has its place on stage {stage_of[action.chunk]}")
+            for other in _excluded_by(action):
+                if other in seen:
+                    raise UserError(f"{here}: position {seen[other]} has {name(other, stage)} already")
+            seen[action] = at
+        if not actions:
+            raise UserError(f"schedule: stage {stage} has no action; each needs a chunk of the model")
+        for chunk in sorted({action.chunk for action in actions}):
+            for m in range(micro_batches):
+                if missing := _missing(seen, m, chunk):
+                    raise UserError(
+                        f"schedule: stage {stage} ends at position {len(actions)} without {name(missing, stage)}"
+                    )
+    for chunk in range(max(stage_of, default=-1)):
+        if chunk not in stage_of:
+            raise UserError(f"schedule: chunk {chunk} is on no stage, though there are later ones")
+
+
+def _excluded_by(action: Action) -> list[Action]:
+    """What may not come beside an action: itself again, and for a full backward a part of it."""
+    parts = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+    kinds = {Kind.BACKWARD: parts}.get(action.kind, (Kind.BACKWARD,) if action.kind in parts else ())
+    return [Action(kind, action.micro_batch, action.chunk) for kind in (action.kind, *kinds)]
+
+
+def _missing(seen: dict[Action, int], micro_batch: int, chunk: int) -> Action | None:
+    split = any(Action(k, micro_batch, chunk) in seen for k in (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT))
+    backward = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT) if split else (Kind.BACKWARD,)
+    wanted = (Action(kind, micro_batch, chunk) for kind in (Kind.FORWARD, *backward))
+    return next((action for action in wanted if action not in seen), None)
+
+
+def _check_channels(schedule: Schedule, graph: Graph) -> None:
+    """A channel is what one stage sends another in one direction through the model."""
+    sent: dict[tuple[bool, int, int], list[Action]] = defaultdict(list)
+    wanted: dict[tuple[bool, int, int], list[Action]] = defaultdict(list)
+    for stage, actions in enumerate(schedule):
+        for action in actions:
+            forward = action.kind is Kind.FORWARD
+            target = graph.feeds(action)
+            if target is not None and graph.travels(action):
+                sent[forward, stage, graph.place[target][0]].append(target)
+            for need in graph.needs(action):
+                if graph.travels(need) and graph.feeds(need) == action:
+                    wanted[forward, graph.place[need][0], stage].append(action)
+    for (_, source, there), targets in sent.items():
+        for first, asked in zip(targets, wanted[_, source, there], strict=True):
+            if first != asked:
+                raise UserError(
+                    f"schedule: {_where(schedule, *graph.place[asked])} would receive what stage {source} sends for "
+                    f"{name(first, there)}; transfers carry no names, both stages must keep to one order"
+                )
+
+
+def _check_live(schedule: Schedule, max_live: Sequence[int]) -> None:
+    for stage, (actions, most) in enumerate(zip(schedule, max_live, strict=True)):
+        for at, live in enumerate(live_activations(actions)):
+            if live > most:
+                raise UserError(
+                    f"schedule: {_where(schedule, stage, at)} makes {live} live activations; the stage may hold {most}"
+                )
+
+
+def _where(schedule: Schedule, stage: int, at: int) -> str:
+    return f"stage {stage}, position {at}, {name(schedule[stage][at], stage)}"
+
+
+def _whom(graph: Graph, action: Action | None) -> str:
+    if action is None:
+        return "nothing"
+    stage, at = graph.place[action]
+    return f"stage {stage}, position {at}, {name(action, stage)}"
