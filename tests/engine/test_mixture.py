@@ -17,9 +17,9 @@ from PIL import Image
 
 from tests.tiny import write_tokenizer
 from tetrascope.engine.config import DataSection, validated
-from tetrascope.engine.data.index import load_index
-from tetrascope.engine.data.mixture import Mixture
-from tetrascope.engine.data.samples import Task, load_sample
+from tetrascope.engine.data.index import Bad, build_index, load_index
+from tetrascope.engine.data.mixture import Mixture, index_file
+from tetrascope.engine.data.samples import SampleLoader, Task, load_sample
 from tetrascope.engine.data.skipped import Skip, SkipLog
 from tetrascope.engine.data.tokenizer import load_tokenizer
 from tetrascope.errors import UserError
@@ -260,8 +260,62 @@ def test_skipped_samples_are_written_once_bounded_and_remembered(tmp_path: Path)
     lines = file.read_text().splitlines()
     assert [json.loads(line)["reason"] for line in lines] == ["r1", "r2", "r3"]
     later = SkipLog(None, samples=1000, bound=0.002)
-    later.restore([*lines, '{"kind": "cut'])
+    later.restore([*lines, '{"kind": "cut'], step=8, left_out=skips[:2])
     assert len(later) == 2 and later.add(skips) == []
     with pytest.raises(UserError, match=r"3 samples cannot be used, more than the 2 that 0\.002 allows .*bad json: 2"):
         later.add([Skip("bad json", "b", 9, "r4")])
     assert SkipLog(None, 1000, 3)._limit == 3
+
+
+def test_a_resumed_run_forgets_what_was_repaired_or_will_be_met_again(tmp_path: Path) -> None:
+    """What broke the bound, and was repaired as the message asks, must not break it again before the first step."""
+    file = tmp_path / "skipped.jsonl"
+    repaired, broken = Skip("bad json", "a", 1, "r1"), Skip("bad json", "a", 2, "r2")
+    before, after = Skip("missing file", "b", 1, "r3", 6), Skip("missing file", "b", 2, "r4", 7)
+    with pytest.raises(UserError, match="4 samples cannot be used"):
+        SkipLog(file, 1000, 3).add([repaired, broken, before, after])
+    with file.open("a") as lines:
+        lines.write('{"kind": "cut')  # killed while it wrote
+    log = SkipLog(file, 1000, 3)
+    log.restore(file.read_text().split("\n"), step=7, left_out=[broken])
+    log.rewrite()
+    assert log.add([broken]) == [] and log.seen() == [broken, before]
+    assert log.add([after]) == [after]
+    assert [json.loads(line)["reason"] for line in file.read_text().splitlines()] == ["r2", "r3", "r4"]
+
+
+def test_names_that_are_no_text_can_be_written(folder: Folder, tmp_path: Path) -> None:
+    """JSON may hold half of a character, and names of files any byte."""
+    name = "\udcff\ud800"
+    row = {"id": name, "messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so " * 99}]}
+    missing = {"id": name, "messages": [{"role": "user", "content": [{"type": "image", "image": f"{name}.png"}]}]}
+    folder.write(sample("x"), row, missing)
+    left_out = folder.open(max_tokens=100, overlong="drop").left_out()
+    assert [skip.kind for skip in left_out] == ["dropped", "missing file"]
+    SkipLog(tmp_path / "skipped.jsonl", 3, 3).add(left_out)
+    assert "ud800" in (tmp_path / "skipped.jsonl").read_text(encoding="utf-8")
+
+
+def test_an_index_with_very_many_bad_samples_is_found_again(tmp_path: Path) -> None:
+    """Arrow reads no more than 100 MB of metadata unless it is told to."""
+    bad = [Bad(number, "dropped", f"sample {number}: {'long ' * 100}") for number in range(250_000)]
+    made = build_index([([(0, 0, 0, 9, 5, ())], bad)], "mark")
+    made.save(tmp_path / "index.parquet")
+    found = load_index(tmp_path / "index.parquet", "mark")
+    assert found is not None and found.bad == bad and found.digest() == made.digest()
+    assert (tmp_path / "index.parquet").stat().st_size < 10_000_000
+
+
+def test_a_worker_that_finds_other_samples_does_not_take_them_for_the_runs(folder: Folder) -> None:
+    folder.write(sample("x"), sample("y"))
+    mixture = folder.open()
+    make = SampleLoader(mixture.options, FAMILY.name, folder.config, folder.indexes, mixture.digests())
+    assert make()(Task(0, 1, True)).failure is None
+    folder.write(sample("y"))
+    with pytest.raises(UserError, match=r"source train .* changed while the run reads it"):
+        make()
+
+
+def test_an_index_stays_in_its_folder_whatever_the_source_is_called(tmp_path: Path) -> None:
+    assert index_file(tmp_path, "../../a/b", "0" * 64).parent == tmp_path
+    assert index_file(tmp_path, "../../a/b", "0" * 64).name == "..-..-a-b-0000000000000000.parquet"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.engine.train_jobs import folder_of_its_own, resume_line, run_steps
+from tests.engine.train_jobs import folder_of_its_own, resume_line, run_steps, see_less
 from tests.tiny import write_config
 from tetrascope.engine.checkpoint import latest_checkpoint
 from tetrascope.engine.config import load_config
@@ -196,6 +196,18 @@ def test_resume_says_when_the_order_of_samples_changes(pool: WorkerPool, config:
     assert "train.seed was 0, is 5: samples come in another order" in line
     (line,) = pool.run(resume_line, config, [f"output.dir={tmp_path / 'run'}", "optimizer.lr=5"], world=1)
     assert "step-000001, step 1" in line and "note" not in line
+    file = tmp_path / "train.jsonl"
+    weighed = f"data.sources=[{{path: {file}, name: train, weight: 2}}]"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    overrides = [f"output.dir={tmp_path / 'run'}", "data.train=null", weighed]
+    (line,) = pool.run(resume_line, config, overrides, world=1)
+    assert "weight of source train was 1.0, is 2.0, number of samples of source train was 24, is 23: samples" in line
+
+
+def test_ranks_that_see_other_data_refuse(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
+    """Their plans would differ, and they would wait for each other for ever."""
+    with pytest.raises(RankFailure, match=r"source train .* changed while the ranks opened it"):
+        pool.run(see_less, config, [f"output.dir={tmp_path / 'run'}", "parallel.dp=2"], world=2)
 
 
 def test_ranks_that_do_not_share_the_output_folder_refuse(pool: WorkerPool, config: Path, tmp_path: Path) -> None:

@@ -41,6 +41,17 @@ def resume_line(config: Path, overrides: list[str]) -> str:
     return line
 
 
+def see_less(config: Path, overrides: list[str]) -> None:
+    """Starts a run in which the last rank finds fewer tokens in a sample than the others."""
+    trainer = Trainer(prepare(load_config(config, overrides), int(os.environ["WORLD_SIZE"])))
+    if int(os.environ["RANK"]) == 1:
+        trainer.data.indexes[0].columns["tokens"] = trainer.data.indexes[0].columns["tokens"] - 1
+    try:
+        trainer.start(resume=False)
+    finally:
+        trainer.close()
+
+
 def folder_of_its_own(root: Path) -> str | None:
     """Asks rank 0 about a folder that is another one on every rank."""
     folder = root / os.environ["RANK"]

@@ -19,7 +19,7 @@ from tetrascope.engine.checkpoint import latest_checkpoint, load_checkpoint, rea
 from tetrascope.engine.config import Config, validated
 from tetrascope.engine.data.collate import MicroBatch
 from tetrascope.engine.data.loader import Loader, StepData
-from tetrascope.engine.data.samples import Loaded, SampleLoader, Task, sample_loader
+from tetrascope.engine.data.samples import Loaded, SampleLoader, Task, check_digests, sample_loader
 from tetrascope.engine.data.skipped import Skip, SkipLog
 from tetrascope.engine.lr import learning_rate
 from tetrascope.engine.metrics import MetricsLog
@@ -127,6 +127,7 @@ class Trainer:
             config.train.seed,
             config.data.workers,
             config.data.prefetch,
+            self._name_of,
         )
         self.skipped = SkipLog(
             config.output.dir / "skipped.jsonl" if self.mesh.rank == 0 else None,
@@ -142,9 +143,14 @@ class Trainer:
         """What makes the function that reads samples: in this process from the data that is open here."""
         setup = self.setup
         if self.config.data.workers:
-            return SampleLoader(self.config.data, setup.family.name, setup.model_config, index_folder(self.config))
+            folder, digests = index_folder(self.config), self.data.digests()
+            return SampleLoader(self.config.data, setup.family.name, setup.model_config, folder, digests)
         here = sample_loader(self.data, setup.family, setup.model_config)
         return lambda: here
+
+    def _name_of(self, task: Task) -> str:
+        name, number = self.data.name_of(task.source, task.place)
+        return f"sample {number} of source {name}"
 
     @property
     def checkpoints(self) -> Path:
@@ -154,7 +160,7 @@ class Trainer:
         """Fills the weights, from the newest checkpoint or from the run's source. Returns a line that says which.
 
         Raises UserError when there are checkpoints but the run is not meant to go on, or when the ranks do not share
-        the output folder.
+        the output folder or do not see the same data.
         """
         newest = latest_checkpoint(self.checkpoints)
         agreed = from_rank_0(newest.name if newest else None, self.config.output.dir, self.device)
@@ -164,24 +170,43 @@ class Trainer:
                 f"output.dir: {self.config.output.dir} already holds {found.name}; add --resume to go on from it, "
                 "or choose another output.dir"
             )
+        self._check_data()
+        if found:
+            self.cursor = Cursor.from_json(read_state(found).get("cursor"), str(found))
+            self.planner.resume(self.cursor)
         self._restore_skipped(resume)
         if not found:
             source = self.setup.source()
             self.model.load(source, self.optimizer)
             return f"starting from {'random weights' if self.config.model.init_from is None else source}"
-        self.cursor = Cursor.from_json(read_state(found).get("cursor"), str(found))
-        self.planner.resume(self.cursor)
         self.step_number, fresh = load_checkpoint(found, self.model, self.optimizer)
         note = f"; {len(fresh)} tensors newly trained: their moments and Adam's step count start at zero"
-        changed = _changed_order(found, self.config)
+        changed = _changed_order(found, self.config, self._samples())
         return f"going on from {found}, step {self.step_number}{note if fresh else ''}{changed}"
+
+    def _check_data(self) -> None:
+        """Raises UserError on all ranks when one of them would plan other steps than rank 0."""
+        of_rank_0: list[tuple[str, ...]] = [self.data.digests()]
+        dist.broadcast_object_list(of_rank_0, src=0)
+        same = torch.tensor(float(of_rank_0[0] == self.data.digests()), device=self.device)
+        dist.all_reduce(same, op=dist.ReduceOp.MIN)
+        why = "while the ranks opened it, or is another one on another node; let it alone and start again"
+        check_digests(self.data, of_rank_0[0], why)
+        if not same.item():
+            raise UserError(f"data: not every rank sees the same samples as rank 0: a source changed {why}")
+
+    def _samples(self) -> dict[str, int]:
+        """Indexed samples by source."""
+        return {p.section.name: len(i) for p, i in zip(self.data.parts, self.data.indexes, strict=True)}
 
     def _restore_skipped(self, resume: bool) -> None:
         """What was skipped before, by this run and by its indexes."""
         file = self.config.output.dir / "skipped.jsonl"
         if resume and file.exists():
-            self.skipped.restore(file.read_text(encoding="utf-8").split("\n"))
+            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+            self.skipped.restore(lines, self.cursor.step, self.data.left_out())
         dist.barrier()  # all have read what rank 0 may now write
+        self.skipped.rewrite()
         if not resume and self.mesh.rank == 0:
             file.unlink(missing_ok=True)
         self.news = self.skipped.add(self.data.left_out())
@@ -256,7 +281,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the steps taken so far."""
-        state = {**self.setup.describe(), "cursor": self.cursor.to_json()}
+        state = {**self.setup.describe(), "cursor": self.cursor.to_json(), "samples": self._samples()}
         return save_checkpoint(self.checkpoints, self.step_number, self.model, self.optimizer, state)
 
     def close(self) -> None:
@@ -266,19 +291,27 @@ class Trainer:
             dist.destroy_process_group()
 
 
-def _changed_order(checkpoint: Path, config: Config) -> str:
+def _changed_order(checkpoint: Path, config: Config, samples: dict[str, int]) -> str:
     """A warning when the samples will not come in the order in which the checkpoint's run went through them.
 
-    The size of the batch is not part of that: the stream of samples goes on from the checkpoint's cursor.
+    samples: by source, now. The size of the batch is not part of that: the stream of samples goes on from the
+    checkpoint's cursor.
     """
-    before = validated(Config, read_state(checkpoint)["config"], str(checkpoint))
-    watched = {
-        "train.seed": (before.train.seed, config.train.seed),
-        "data.train": (before.data.train, config.data.train),
-        "data.shuffle": (before.data.shuffle, config.data.shuffle),
-    }
-    changes = [f"{key} was {old}, is {new}" for key, (old, new) in watched.items() if old != new]
+    state = read_state(checkpoint)
+    before = validated(Config, state["config"], str(checkpoint))
+    old, new = _order(before, state.get("samples", samples)), _order(config, samples)
+    keys = [*old, *(key for key in new if key not in old)]
+    changes = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
     return f"; note: {', '.join(changes)}: samples come in another order than before" if changes else ""
+
+
+def _order(config: Config, samples: dict[str, int]) -> dict[str, object]:
+    """All that the order of the samples depends on, by name."""
+    found: dict[str, object] = {"train.seed": config.train.seed, "data.shuffle": config.data.shuffle}
+    for source in config.data.all_sources():
+        own = {"path": source.path, "weight": source.weight, "shuffle": source.shuffle}
+        found |= {f"{key} of source {source.name}": value for key, value in own.items()}
+    return found | {f"number of samples of source {name}": number for name, number in samples.items()}
 
 
 def _take_weight(batch: MicroBatch, number: int) -> None:

@@ -148,6 +148,7 @@ def test_a_video_of_pictures() -> None:
         ({"conversations": [{"from": "human", "value": "x"}], "image": "a"}, "1 images more"),
         ({"conversations": [{"from": "human", "value": "<image><image>"}], "image": ["a"]}, "image"),
         ({"conversations": [{"from": "someone", "value": "x"}]}, "must have from"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "must have from"),
         ({"conversations": [{"from": "human", "value": None}]}, "must have from"),
         ({"conversations": ["x"]}, "must have from"),
     ],

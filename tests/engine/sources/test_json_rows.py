@@ -78,7 +78,11 @@ def test_a_bad_line_is_a_bad_sample_and_not_the_end(tmp_path: Path, bad: bytes) 
     assert [source.record(i).name for i in (0, 2)] == ["r0", "r1"]
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.json", "[")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.json", "["), ("a.json", "[" * 100_000)],
+    ids=range(5),
+)
 def test_files_without_rows(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=name):

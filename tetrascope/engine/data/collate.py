@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from tetrascope.parallel.tensor.placement import share
 
 @dataclass(frozen=True)
 class Document:
-    """A sample ready to be packed. patches: rows float32 `[n, P]` of all its images, None where nobody encodes."""
+    """A sample ready to be packed. patches: rows float32 `[n, P]` of all its images, None where this rank encodes
+    none of them."""
 
     ids_T: np.ndarray
     positions_AT: np.ndarray
@@ -79,6 +81,19 @@ def collate(
     return MicroBatch(inputs, torch.from_numpy(labels).to(device), torch.from_numpy(weights).to(device))
 
 
+def encoded_here(patches: Sequence[int], family: Family, config: Any, tp: int, tp_rank: int) -> list[bool]:
+    """For documents with so many patch rows each, in their order in a micro-batch: whether some are this rank's."""
+    _, own = _share(sum(patches), family, config, tp)
+    first, last = tp_rank * own, (tp_rank + 1) * own
+    return [n > 0 and end - n < last and end > first for n, end in zip(patches, accumulate(patches), strict=True)]
+
+
+def _share(rows: int, family: Family, config: Any, tp: int) -> tuple[int, int]:
+    """Padding of a micro-batch's patch rows, and the rows of each tensor-parallel rank: whole row blocks."""
+    pad = -rows % (family.row_block(config) * tp)
+    return pad, (rows + pad) // tp
+
+
 def _next(x_T: np.ndarray) -> np.ndarray:
     """Shifts a document by one: row i gets what belongs to token i+1, the last row zero."""
     return np.concatenate([x_T[1:], np.zeros(1, dtype=x_T.dtype)])
@@ -99,11 +114,12 @@ def _vision(
     layout = family.vision_layout(config, media)
     frames = tuple(n for one in media for n in one.frames)
     windows = tuple(n for one in media for n in one.windows)
-    patches = [d.patches for d in documents if d.patches is not None and len(d.patches)]
-    pad = -sum(frames) % (family.row_block(config) * tp)
-    own = (sum(frames) + pad) // tp
+    pad, own = _share(sum(frames), family, config, tp)
     here = slice(tp_rank * own, (tp_rank + 1) * own)
-    padded = np.concatenate([*patches, np.zeros((pad, patches[0].shape[1]), dtype=np.float32)])
+    blank = np.zeros((sum(frames) + pad, config.vision.patch_width), dtype=np.float32)
+    sizes = [sum(one.patches for one in d.media) for d in documents]
+    patches = [blank[:n] if d.patches is None else d.patches for d, n in zip(documents, sizes, strict=True) if n]
+    padded = np.concatenate([*patches, blank[:pad]])
     positions_KN = torch.nn.functional.pad(layout.positions_KN, (0, pad)).to(device)
     mine = share(rows, tp, tp_rank)
     chosen = np.flatnonzero((visual_rows >= mine.start) & (visual_rows < mine.stop))

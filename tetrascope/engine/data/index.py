@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tetrascope.engine.data.encode import Encoded, Encoder, split
-from tetrascope.engine.data.sources.base import BadSample, Source
+from tetrascope.engine.data.sources.base import BadSample, Source, plain
 from tetrascope.engine.plan import SampleInfo
 from tetrascope.errors import UserError
 from tetrascope.models.media import Media
 
-FORMAT = 1
+FORMAT = 2
 FINGERPRINT, BAD = b"tetrascope.fingerprint", b"tetrascope.bad"
 REMEDY = "raise the limit, lower data.max_pixels, set data.overlong to drop or split, or remove the sample"
 COLUMNS = ("number", "first", "last", "tokens", "supervised")
@@ -87,12 +89,19 @@ class Index(Sequence[SampleInfo]):
         number, first, last = (int(self.columns[name][place]) for name in COLUMNS[:3])
         return Row(number, first, last, self[place])
 
+    def digest(self) -> str:
+        """A hash of what a plan takes from the index: equal for equal plans, wherever the index was made."""
+        found = hashlib.sha256()
+        for column in (*(self.columns[name] for name in COLUMNS), self.shown):
+            found.update(np.ascontiguousarray(column).data)
+        return found.hexdigest()
+
     def save(self, path: Path) -> None:
         """Writes the Parquet file, whole or not at all."""
         texts = [json.dumps([asdict(one) for one in several]) for several in self.media]
         shown = pa.DictionaryArray.from_arrays(pa.array(self.shown, pa.int32()), pa.array(texts, pa.string()))
         table = pa.table({**{name: self.columns[name] for name in COLUMNS}, "media": shown})
-        bad = json.dumps([asdict(one) for one in self.bad])
+        bad = zlib.compress(json.dumps([asdict(one) for one in self.bad]).encode())
         table = table.replace_schema_metadata({FINGERPRINT: self.fingerprint, BAD: bad})
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -103,7 +112,8 @@ class Index(Sequence[SampleInfo]):
 def load_index(path: Path, fingerprint: str) -> Index | None:
     """The index in a file; None when there is none, or it is of other content or settings, or damaged."""
     try:
-        table = pq.read_table(path, read_dictionary=["media"])
+        # By default no more than 100 MB of metadata are read: a million dropped samples take more.
+        table = pq.read_table(path, read_dictionary=["media"], thrift_string_size_limit=2**31 - 1)
     except (OSError, pa.ArrowException):
         return None
     metadata = table.schema.metadata or {}
@@ -113,7 +123,7 @@ def load_index(path: Path, fingerprint: str) -> Index | None:
     shown = shown.chunk(0) if isinstance(shown, pa.ChunkedArray) else shown
     media = [tuple(_media(one) for one in json.loads(text)) for text in shown.dictionary.to_pylist()]
     columns = {name: table[name].to_numpy() for name in COLUMNS}
-    bad = [Bad(**one) for one in json.loads(metadata[BAD])]
+    bad = [Bad(**one) for one in json.loads(zlib.decompress(metadata[BAD]))]
     return Index(columns, shown.indices.to_numpy().astype(np.int64), media, bad, fingerprint)
 
 
@@ -146,7 +156,7 @@ def index_rows(
             parts: list[tuple[int, int, Encoded]] = [(0, 0, encoder.encode(record))]
             length = len(parts[0][2].ids_T)
             if length > max_tokens:
-                told = f"sample {record.name}: {length} tokens, more than data.max_tokens={max_tokens}"
+                told = plain(f"sample {record.name}: {length} tokens, more than data.max_tokens={max_tokens}")
                 parts = split(record, encoder, max_tokens) if overlong == "split" else []
                 if parts:
                     kept = sum(len(found.ids_T) for _, _, found in parts)
@@ -169,17 +179,18 @@ def build_index(
 
     progress: called with the number of samples after each chunk. Raises UserError when nothing is left.
     """
-    rows: list[Any] = []
+    flat = array("q")  # numbers and equal media kept once, from the start: millions of rows as objects fill the memory
     bad: list[Bad] = []
+    places: dict[tuple[Media, ...], int] = {}
     for of_chunk, left_out in chunks:
-        rows += of_chunk
+        for *numbers, media in of_chunk:
+            flat.extend((*numbers, places.setdefault(media, len(places))))
         bad += left_out
         progress(len(of_chunk) + len(left_out))
-    places: dict[tuple[Media, ...], int] = {}
-    shown = np.array([places.setdefault(row[5], len(places)) for row in rows], dtype=np.int64)
-    numbers = np.array([row[:5] for row in rows], dtype=np.int64).reshape(-1, 5)
-    columns = {name: numbers[:, i] for i, name in enumerate(COLUMNS)}
-    if not rows:
+    table = np.array(flat, dtype=np.int64).reshape(-1, len(COLUMNS) + 1)
+    columns = {name: np.ascontiguousarray(table[:, i]) for i, name in enumerate(COLUMNS)}
+    shown = np.ascontiguousarray(table[:, -1])
+    if not len(table):
         first = f"; first: {bad[0].reason}" if bad else ""
         raise UserError(f"data: none of the {len(bad)} samples can be used{first}")
     return Index(columns, shown, list(places), bad, mark)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tetrascope.engine.data.collate import Document, MicroBatch, collate
+from tetrascope.engine.data.collate import Document, MicroBatch, collate, encoded_here
 from tetrascope.engine.data.decode.pinned import pinned
 from tetrascope.engine.data.decode.workers import DataWorkers
 from tetrascope.engine.data.samples import Loaded, Task
-from tetrascope.engine.plan import Figures, Planner, StepPlan, figures
+from tetrascope.engine.plan import Figures, MicroBatchPlan, Planner, StepPlan, figures
 from tetrascope.models.family import Family
 from tetrascope.parallel.mesh import Mesh
 
@@ -34,9 +34,9 @@ class StepData:
 class Loader:
     """Builds `StepData` for consecutive steps, up to `ahead` of them before they are asked for, in a background thread.
 
-    make: gives the function that reads a sample, in each of `workers` processes, or here when there are none. Only
-    stage 0 decodes images. A sample that cannot be read keeps its place, so that no shape changes on any rank, with
-    blank contents; the trainer takes its weight away on all ranks.
+    make: gives the function that reads a sample, in each of `workers` processes, or here when there are none. name: of
+    a task, in messages. A rank decodes only samples that it encodes some of. One that cannot be read keeps its place,
+    so that no shape changes on any rank, with blank contents; the trainer takes its weight away on all ranks.
     """
 
     def __init__(
@@ -50,10 +50,11 @@ class Loader:
         seed: int,
         workers: int = 0,
         ahead: int = 1,
+        name: Callable[[Task], str] = str,
     ) -> None:
         self._planner, self._family, self._config = planner, family, config
         self._mesh, self._device, self._seed, self._ahead = mesh, device, seed, ahead
-        self._workers: DataWorkers[Task, Loaded] = DataWorkers(make, workers)
+        self._workers: DataWorkers[Task, Loaded] = DataWorkers(make, workers, name)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._coming: deque[tuple[int, Future[StepData]]] = deque()
 
@@ -80,11 +81,9 @@ class Loader:
         plan = self._planner.plan(step)
         failures: dict[int, tuple[str, str]] = {}
         micros = plan.micro_batches[self._mesh.index("dp")]
-        places = [place for micro in micros for place in micro.samples]
-        draws = [plan.draws[place] for place in places]
-        tasks = [Task(draw.source, draw.sample, self._mesh.first_stage) for draw in draws]
+        tasks = {place: task for micro in micros for place, task in self._tasks(plan, micro)}
         documents = {}
-        for place, loaded in zip(places, self._workers.map(tasks), strict=True):
+        for place, loaded in zip(tasks, self._workers.map(tasks.values()), strict=True):
             if loaded.failure is not None:
                 failures[place] = loaded.failure
             documents[place] = self._document(plan, place, loaded)
@@ -102,6 +101,14 @@ class Loader:
             )
             batches.append(pinned(batch, self._device))
         return StepData(plan, figures(self._planner, plan), batches, failures)
+
+    def _tasks(self, plan: StepPlan, micro: MicroBatchPlan) -> list[tuple[int, Task]]:
+        """What to read of a micro-batch, by place: pixels only where some of the patch rows are this rank's."""
+        mesh, draws = self._mesh, [plan.draws[place] for place in micro.samples]
+        patches = [self._planner.info(draw).patches for draw in draws]
+        here = encoded_here(patches, self._family, self._config, mesh.size("tp"), mesh.index("tp"))
+        tasks = [Task(d.source, d.sample, mesh.first_stage and h) for d, h in zip(draws, here, strict=True)]
+        return list(zip(micro.samples, tasks, strict=True))
 
     def _document(self, plan: StepPlan, place: int, loaded: Loaded) -> Document:
         """A drawn sample, ready to be packed."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -140,6 +141,10 @@ class Mixture:
         """A sample's source by name, and its number in it."""
         return self.parts[source].section.name, int(self.indexes[source].columns["number"][place])
 
+    def digests(self) -> tuple[str, ...]:
+        """Of each index, what its plan depends on (`Index.digest`): equal wherever the same samples are seen."""
+        return tuple(index.digest() for index in self.indexes)
+
     def left_out(self) -> list[Skip]:
         """The samples that the indexes leave out."""
         named = zip(self.parts, self.indexes, strict=True)
@@ -189,8 +194,13 @@ def index_key(part: DataPart, options: DataSection, family: Family, config: Any)
 
 
 def index_file(folder: Path, name: str, mark: str) -> Path:
-    """Where the index of a source with that fingerprint is kept."""
-    return folder / f"{name}-{mark[:16]}.parquet"
+    """Where the index of a source with that fingerprint is kept: in the folder, whatever the source is called."""
+    return folder / f"{index_stem(name)}-{mark[:16]}.parquet"
+
+
+def index_stem(name: str) -> str:
+    """How the files of a source's indexes begin."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", name)
 
 
 def open_index(

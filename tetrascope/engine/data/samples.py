@@ -15,6 +15,7 @@ from tetrascope.engine.data.mixture import Mixture
 from tetrascope.engine.data.sources.base import BadSample
 from tetrascope.engine.data.tokenizer import load_tokenizer
 from tetrascope.engine.plan import SampleInfo
+from tetrascope.errors import UserError
 from tetrascope.models.family import Family, get_family
 
 
@@ -67,17 +68,30 @@ def _blank(info: SampleInfo, family: Family, config: Any, task: Task, failure: t
 
 @dataclass(frozen=True)
 class SampleLoader:
-    """Makes `load_sample` anew in a worker process."""
+    """Makes `load_sample` anew in a worker process. digests: of the indexes that tasks refer to.
+
+    Raises UserError when the sources are no longer what they were: a task's sample would be another one.
+    """
 
     options: DataSection
     family: str
     config: Any
     index_dir: Path
+    digests: tuple[str, ...]
 
     def __call__(self) -> Callable[[Task], Loaded]:
         family = get_family(self.family)
         tokenizer = load_tokenizer(self.options.tokenizer)
-        return sample_loader(Mixture(self.options, family, self.config, tokenizer, self.index_dir), family, self.config)
+        mixture = Mixture(self.options, family, self.config, tokenizer, self.index_dir)
+        check_digests(mixture, self.digests, "while the run reads it; let files of a running run alone, and --resume")
+        return sample_loader(mixture, family, self.config)
+
+
+def check_digests(mixture: Mixture, expected: tuple[str, ...], why: str) -> None:
+    """Raises UserError that names the first source that is not as expected."""
+    for part, found, digest in zip(mixture.parts, mixture.digests(), expected, strict=True):
+        if found != digest:
+            raise UserError(f"data: source {part.section.name} ({part.section.path}) changed {why}")
 
 
 def sample_loader(mixture: Mixture, family: Family, config: Any) -> Callable[[Task], Loaded]:

@@ -1,1 +1,5 @@
-"""Pipeline parallelism: schedules are data (actions, generators, validate), one executor runs any of them."""
+"""Pipeline parallelism: schedules are data.
+
+`actions` is what they are made of, `generators` makes them, `validator` proves them, `simulator` times them,
+`executor` runs them.
+"""

@@ -22,8 +22,9 @@ from tetrascope.errors import UserError
 class Kind(str, Enum):
     """What is done with a micro-batch.
 
-    The gradient is computed either by one full backward, or in two parts (arXiv 2401.10241 §2): that of the chunk's
-    input, for which the chunk before waits, and that of its weights, for which nothing waits before the optimizer.
+    The gradient is computed either by one full backward, or in two parts (arXiv 2401.10241, figure 1): that of the
+    chunk's input, for which the chunk before waits, and that of its weights, for which nothing waits before the
+    optimizer.
     """
 
     FORWARD = "F"

@@ -13,7 +13,7 @@ def validate(
     schedule: Schedule,
     micro_batches: int,
     max_live: int | Sequence[int] | None = None,
-    blocking_sends: bool = False,
+    buffers: int | None = None,
 ) -> None:
     """Raises UserError, naming stage, position (from 0) and action, unless
 
@@ -21,16 +21,17 @@ def validate(
       takes its gradient once: in one backward, or in its two parts;
     - every receive gets what it is for, though transfers carry no names: what one stage sends another in one
       direction arrives in the order in which it is wanted;
-    - the stages come to the end. Receives wait. Sends are buffered, as in the executor; with blocking_sends they are
-      not: a stage posts what its last action sends together with what its next action receives, and goes on when
-      both are through;
+    - the stages come to the end. Receives wait. Sends are buffered, as in the executor, or limited: with `buffers`, a
+      channel (one stage to another, in one direction) holds so many transfers whose receiver does not ask for them
+      yet, and a sender waits while there are more. With 0, sends block: a stage posts what its last action sends
+      together with what its next action receives, and goes on when both are through;
     - no stage holds more activations at once than max_live (one number, or one for each stage): micro-batches of a
       chunk that were forwarded and whose backward, both parts of it, is not done.
     """
     _check_complete(schedule, micro_batches)
     graph = Graph(schedule)
     _check_channels(schedule, graph)
-    order_of_execution(schedule, graph, blocking_sends)
+    order_of_execution(schedule, graph, buffers)
     if max_live is not None:
         _check_live(schedule, [max_live] * len(schedule) if isinstance(max_live, int) else max_live)
 
@@ -44,23 +45,25 @@ def live_activations(actions: Sequence[Action]) -> list[int]:
     return counts
 
 
-def order_of_execution(schedule: Schedule, graph: Graph, blocking_sends: bool = False) -> list[Action]:
-    """All actions in an order in which the stages can do them. Raises UserError when the stages wait for each other."""
+def order_of_execution(schedule: Schedule, graph: Graph, buffers: int | None = None) -> list[Action]:
+    """All actions in an order in which the stages can do them. Raises UserError when the stages wait for each other.
+
+    buffers: as in `validate`.
+    """
+    gates = {} if buffers is None else _gates(schedule, graph, buffers)
     cursor = [0] * len(schedule)
     order: list[Action] = []
     done: set[Action] = set()
 
     def waits_for(stage: int) -> Action | None:
-        """What has to happen before the stage goes on: an action to be done, or one to be waited for by its stage."""
+        """The action that has to be done, or for a send to be next on its stage, before this stage goes on."""
         at = cursor[stage]
         for need in graph.needs(schedule[stage][at]):
             if need not in done:
                 return need
-        if blocking_sends and at and graph.travels(schedule[stage][at - 1]):
-            receiver = graph.feeds(schedule[stage][at - 1])
-            if receiver is not None:
-                there, posted = graph.place[receiver]
-                return receiver if cursor[there] < posted else None
+        gate = gates.get(schedule[stage][at - 1]) if at else None
+        if gate is not None and cursor[graph.place[gate][0]] < graph.place[gate][1]:
+            return gate
         return None
 
     moved = True
@@ -74,9 +77,20 @@ def order_of_execution(schedule: Schedule, graph: Graph, blocking_sends: bool = 
                 moved = True
     stuck = [stage for stage, actions in enumerate(schedule) if cursor[stage] < len(actions)]
     if stuck:
-        places = [f"{_where(schedule, s, cursor[s])} waits for {_whom(graph, waits_for(s))}" for s in stuck]
+        waits = [(_where(schedule, s, cursor[s]), waits_for(s)) for s in stuck]
+        places = [f"{here} waits for {_where(schedule, *graph.place[it])}" for here, it in waits if it is not None]
         raise UserError(f"schedule: deadlock; {'; '.join(places)}")
     return order
+
+
+def _gates(schedule: Schedule, graph: Graph, buffers: int) -> dict[Action, Action]:
+    """For each action that sends: the receiving action that must be next on its stage for the send to be through."""
+    gates = {}
+    for targets in _channels(schedule, graph)[0].values():
+        for i in range(buffers, len(targets)):
+            sender = next(n for n in graph.needs(targets[i]) if graph.feeds(n) == targets[i] and graph.travels(n))
+            gates[sender] = targets[i - buffers]
+    return gates
 
 
 def _check_complete(schedule: Schedule, micro_batches: int) -> None:
@@ -120,10 +134,16 @@ def _missing(seen: dict[Action, int], micro_batch: int, chunk: int) -> Action | 
     return next((action for action in wanted if action not in seen), None)
 
 
-def _check_channels(schedule: Schedule, graph: Graph) -> None:
-    """A channel is what one stage sends another in one direction through the model."""
-    sent: dict[tuple[bool, int, int], list[Action]] = defaultdict(list)
-    wanted: dict[tuple[bool, int, int], list[Action]] = defaultdict(list)
+_Channels = dict[tuple[bool, int, int], list[Action]]
+
+
+def _channels(schedule: Schedule, graph: Graph) -> tuple[_Channels, _Channels]:
+    """Receiving actions by channel, in the order in which they are sent for, and in that in which they come.
+
+    A channel is what one stage sends another in one direction through the model: (forward?, from, to).
+    """
+    sent: _Channels = defaultdict(list)
+    wanted: _Channels = defaultdict(list)
     for stage, actions in enumerate(schedule):
         for action in actions:
             forward = action.kind is Kind.FORWARD
@@ -133,8 +153,14 @@ def _check_channels(schedule: Schedule, graph: Graph) -> None:
             for need in graph.needs(action):
                 if graph.travels(need) and graph.feeds(need) == action:
                     wanted[forward, graph.place[need][0], stage].append(action)
-    for (_, source, there), targets in sent.items():
-        for first, asked in zip(targets, wanted[_, source, there], strict=True):
+    return sent, wanted
+
+
+def _check_channels(schedule: Schedule, graph: Graph) -> None:
+    sent, wanted = _channels(schedule, graph)
+    for channel, targets in sent.items():
+        _, source, there = channel
+        for first, asked in zip(targets, wanted[channel], strict=True):
             if first != asked:
                 raise UserError(
                     f"schedule: {_where(schedule, *graph.place[asked])} would receive what stage {source} sends for "
@@ -153,10 +179,3 @@ def _check_live(schedule: Schedule, max_live: Sequence[int]) -> None:
 
 def _where(schedule: Schedule, stage: int, at: int) -> str:
     return f"stage {stage}, position {at}, {name(schedule[stage][at], stage)}"
-
-
-def _whom(graph: Graph, action: Action | None) -> str:
-    if action is None:
-        return "nothing"
-    stage, at = graph.place[action]
-    return f"stage {stage}, position {at}, {name(action, stage)}"

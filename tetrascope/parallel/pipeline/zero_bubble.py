@@ -12,11 +12,11 @@ F, I, W = Kind.FORWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT  # noqa: E741 
 
 
 def zb_h1(stages: int, micro_batches: int) -> Schedule:
-    """ZB-H1 (arXiv 2401.10241 §2.3.1, figure 2): the order of 1F1B, the gradients of weights behind.
+    """ZB-H1 (arXiv 2401.10241 §2.1, figure 3): the order of 1F1B, the gradients of weights behind.
 
     Stage s of p begins with p − s forwards and puts off the gradients of weights by s micro-batches, so that every
-    stage holds at most p micro-batches, as many as the first stage of 1F1B. The bubble is (p − 1)·(F + I − W) of
-    table 2, against (p − 1)·(F + I + W) of 1F1B.
+    stage holds at most p micro-batches, as many as the first stage of 1F1B. With W ≤ F the bubble is
+    (p − 1)·(F + I − W) (§2.3), against (p − 1)·(F + I + W) of 1F1B.
     """
     schedule = []
     for stage in range(stages):
@@ -34,7 +34,7 @@ def zb_h1(stages: int, micro_batches: int) -> Schedule:
 
 
 def zb_v(stages: int, micro_batches: int) -> Schedule:
-    """ZB-V (arXiv 2401.10241 §6, figure 8; arXiv 2405.15362 §3 calls it V-ZB): the model folded into a V.
+    """ZB-V (arXiv 2401.10241 §6; V-ZB in arXiv 2405.15362): the model folded into a V.
 
     Stage s of p holds chunks s, on the way down, and 2p − 1 − s, on the way up: the first stage has both ends. It
     holds at most 2p activations of a chunk, as much as 1F1B on its first stage. With F = I = W and at least 2p

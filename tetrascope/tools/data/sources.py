@@ -17,7 +17,7 @@ from rich.text import Text
 
 from tetrascope.engine.config import Config, load_config
 from tetrascope.engine.data.index import Index
-from tetrascope.engine.data.mixture import DataPart, index_file, open_index, open_part
+from tetrascope.engine.data.mixture import DataPart, index_file, index_stem, open_index, open_part
 from tetrascope.engine.data.mixture import Progress as Report
 from tetrascope.engine.setup import Setup, index_folder
 from tetrascope.errors import UserError
@@ -102,7 +102,7 @@ class _Watch:
 
 def _index_times(folder: Path, name: str) -> dict[Path, datetime]:
     """When each index of a source was made."""
-    pattern = re.compile(re.escape(name) + r"-[0-9a-f]{16}\.parquet")
+    pattern = re.compile(re.escape(index_stem(name)) + r"-[0-9a-f]{16}\.parquet")
     there = folder.iterdir() if folder.is_dir() else ()
     return {path: datetime.fromtimestamp(path.stat().st_mtime) for path in there if pattern.fullmatch(path.name)}
 

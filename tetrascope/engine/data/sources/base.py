@@ -25,13 +25,18 @@ BAD_KINDS = (
 """What can be wrong with a sample; runs count skipped samples by these words."""
 
 
+def plain(text: str) -> str:
+    """Text that can be written as UTF-8: names of files and samples may hold bytes or half characters that cannot."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class BadSample(Exception):
     """A sample that cannot be used. kind: one of BAD_KINDS; the message names file, place and what is wrong."""
 
     def __init__(self, kind: str, message: str) -> None:
         if kind not in BAD_KINDS:
             raise ValueError(f"unknown kind {kind!r}")
-        super().__init__(message)
+        super().__init__(plain(message))
         self.kind = kind
 
     def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:

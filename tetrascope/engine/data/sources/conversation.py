@@ -51,15 +51,16 @@ def _listed(row: dict[str, Any], kind: str) -> list[Any]:
 
 
 def _llava_turn(turn: Any, name: str) -> dict[str, Any]:
-    if not isinstance(turn, dict) or turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
+    speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+    if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(text, str):
         raise BadSample("bad json", f"{name}: turn {turn!r} must have from (human, gpt or system) and a text value")
     parts: list[dict[str, Any]] = []
-    for piece in re.split(r"(<image>|<video>)", turn["value"]):
+    for piece in re.split(r"(<image>|<video>)", text):
         if piece in ("<image>", "<video>"):
             parts.append({"type": piece[1:-1]})
         elif piece:
             parts.append({"type": "text", "text": piece})
-    return {"role": ROLES[turn["from"]], "content": _without_seams(parts)}
+    return {"role": ROLES[speaker], "content": _without_seams(parts)}
 
 
 def _without_seams(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:

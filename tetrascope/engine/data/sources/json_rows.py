@@ -78,7 +78,7 @@ def _json_list(path: Path) -> list[Any] | None:
         file.seek(0)
         try:
             rows = json.load(file)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"data: {path} is no JSON list ({error}); lines of JSON need the suffix .jsonl") from error
     return list(rows)
 
