@@ -142,11 +142,12 @@ class _Crew:
         return {number for number in self._notes if number >= 0}
 
     def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
         processes = [process for process in self._context.started if process.pid is not None]
         for process in processes:
             process.kill()
-        self._executor.shutdown(wait=True)
+        # Only now: a shutdown that does not wait forgets the executor's thread, and then that thread and this one would
+        # both wait for the same processes, of which one learns nothing.
+        self._executor.shutdown(wait=True, cancel_futures=True)
         for process in processes:
             process.join()
 
