@@ -132,9 +132,11 @@ class _Crew:
     def submit(self, number: int, task: Any) -> Future[bytes]:
         try:
             return self._executor.submit(_work, number, pickle.dumps(task))
-        except BrokenProcessPool as error:  # a worker died since the last result: found out when this one is due
+        except (BrokenProcessPool, OSError) as error:
+            # A worker died since the last result: found out when this one is due. An OSError where the executor's
+            # thread has closed its pipes over it, but has not yet said so.
             failed: Future[bytes] = Future()
-            failed.set_exception(error)
+            failed.set_exception(BrokenProcessPool(str(error)))
             return failed
 
     def busy(self) -> set[int]:
