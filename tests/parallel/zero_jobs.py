@@ -16,9 +16,11 @@ SHAPES = [(5, 3), (7,), (2, 2)]  # 26 elements: shares of unequal use for 4 rank
 
 
 def gradients(step: int, rank: int) -> list[Tensor]:
-    """A rank's gradient contributions in a step, the same wherever they are computed."""
+    """A rank's gradient contributions in a step, the same wherever they are computed. Every other step has none for the
+    last tensor, as a step without an image has none for a vision encoder."""
     generator = torch.Generator().manual_seed(100 * step + rank)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+    found = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    return [*found[:2], found[2] * (step % 2 == 0)]
 
 
 def start() -> list[Tensor]:
@@ -47,7 +49,8 @@ def zero_steps(
     for step in range(steps):
         optimizer.zero_grad()
         for param, grad in zip(params, gradients(step, mesh.rank), strict=True):
-            (param * grad.to(dtype)).sum().backward()
+            for half in (grad.to(dtype) / 2,) * 2 if grad.any() else ():  # two micro-batches, or no backward at all
+                (param * half).sum().backward()
         norm = optimizer.reduce()
         norms.append(norm.item())
         optimizer.step(lr, norm)
