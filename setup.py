@@ -61,7 +61,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["tetrascope", "tetrascope.*"]),
-    package_data={"tetrascope": ["py.typed"]},
+    package_data={"tetrascope": ["py.typed"], "tetrascope.engine.predict": ["hardware.yaml"]},
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "demo": DEMO_REQUIRES,

@@ -1,4 +1,4 @@
-"""The command line: tetrascope train | convert | verify | bench | data.
+"""The command line: tetrascope train | plan | convert | verify | bench | data.
 
 Bad input ends with one message on stderr and exit code 2, without a traceback.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from tetrascope.errors import UserError
 
@@ -37,6 +38,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and plan at full size; no data, weights or ranks.")
     ] = False,
+    trace: Annotated[int, typer.Option(help="Record so many steps, after the first, for a report.", min=0)] = 0,
 ) -> None:
     """Train. Starts the ranks the configuration asks for, unless torchrun or the like has started them."""
     from tetrascope.engine.config import load_config
@@ -50,20 +52,41 @@ def train(
     loaded = load_config(config, overrides)
     setup = prepare(loaded, world_from_environment())
     hf_folder = loaded.output.dir / "hf"
-    if loaded.output.export_hf:
+    if loaded.output.export_hf or loaded.checkpoint.export_hf:
         check_destination(hf_folder)
     if not launched():
         _index(setup)
-        flags = ["--resume"] if resume else []
+        flags = [*(["--resume"] if resume else []), *(["--trace", str(trace)] if trace else [])]
         raise typer.Exit(launch(["train", str(config), *(overrides or []), *flags], setup.layout.world, loaded))
-    from tetrascope.engine.trainer import train as run
+    from tetrascope.engine.run import train as run
 
-    outcome = run(setup, resume)
+    exported: list[Path] = []
+
+    def export(checkpoint: Path) -> None:
+        native_to_hf(checkpoint, hf_folder, loaded.train.dtype)
+        exported.append(checkpoint)
+
+    outcome = run(setup, resume, export if loaded.checkpoint.export_hf else None, trace)
+    if trace and os.environ["RANK"] == "0":
+        _report_trace(loaded.output.dir / "trace")
     if outcome.interrupted:
         raise typer.Exit(INTERRUPTED)
     if loaded.output.export_hf and os.environ["RANK"] == "0":
-        native_to_hf(outcome.checkpoint, hf_folder, loaded.train.dtype)
+        if outcome.checkpoint not in exported:
+            export(outcome.checkpoint)
         print(f"exported for transformers: {hf_folder}", file=sys.stderr)
+
+
+def _report_trace(folder: Path) -> None:
+    """Writes the report of a traced run and prints the last step's ledger."""
+    from rich.console import Console
+
+    from tetrascope.engine.trace.ledger import ledgers
+    from tetrascope.engine.trace.record import read_traces
+    from tetrascope.tools.trace.report import ledger_table, write_report
+
+    Console(stderr=True, width=200).print(ledger_table(ledgers(read_traces(folder)[-1])))
+    print(f"trace: {write_report(folder)}", file=sys.stderr)
 
 
 def _index(setup: Any) -> None:
@@ -88,24 +111,90 @@ def _dry_run(config: Path, overrides: list[str] | None) -> None:
 
 
 @app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="Checkpoint folder of a run (checkpoints/step-…).")],
-    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
-    to: Annotated[str, typer.Option(help="Format to write: hf.")] = "hf",
-    dtype: Annotated[str, typer.Option(help="Type of the written tensors.")] = "float32",
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, if not where the run had it.")] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(help="Names and arrangement of the tensors.", show_default="the family's first"),
+def plan(
+    config: ConfigFile,
+    gpus: Annotated[int, typer.Option(help="GPUs to plan for.", show_default=False)],
+    overrides: Overrides = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="h100-sxm, a100, h200, cpu, or a file.", show_default=False)
     ] = None,
+    top: Annotated[int, typer.Option(help="Choices to show.", min=1)] = 10,
+    pick: Annotated[int, typer.Option(help="Which of them to draw and to print as configuration.", min=1)] = 1,
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML page, with the timeline.")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Measure this machine, write its profile here, and plan for it.")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Pictures in a sample, as in 0:0.2,1:0.5,4:0.3.", show_default="1:1")
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Of a picture, as in 1280x720.", show_default="typical of the family")
+    ] = None,
+    text: Annotated[int | None, typer.Option(help="Tokens of text in a sample.", show_default="256")] = None,
+    data: Annotated[bool, typer.Option("--data", help="Samples of the run's own data, indexed first.")] = False,
 ) -> None:
-    """Convert a checkpoint."""
-    from tetrascope.tools.checkpoint_convert.native_to_hf import native_to_hf
+    """Find the fastest layouts and schedules for so many GPUs, predicted from the configuration alone."""
+    from tetrascope.tools.plan.command import Asked
+    from tetrascope.tools.plan.command import plan as run
 
-    if to != "hf":
-        raise UserError(f"--to: unknown format {to!r}; this version writes hf")
-    native_to_hf(source, destination, dtype, tokenizer, layout)
-    print(f"wrote {destination}")
+    asked = Asked(gpus, hardware, calibrate, top, pick, html, images, text, image_size, data)
+    raise typer.Exit(run(config, overrides or [], asked))
+
+
+class _ConvertCommand(TyperCommand):
+    """`--verify` may stand alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from tetrascope.tools.checkpoint_convert.command import bare_verify
+
+        return super().parse_args(ctx, bare_verify(args))
+
+
+@app.command(cls=_ConvertCommand)
+def convert(
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder; its format is recognised.", show_default=False)],
+    destination: Annotated[
+        Path, typer.Argument(help="Folder to write, which must not exist or be empty.", show_default=False)
+    ],
+    to: Annotated[str, typer.Option(help="Format to write: hf, native or megatron.")] = "hf",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the written tensors.", show_default="as the source has them")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="hf: names and arrangement of the tensors.", show_default="the family's first")
+    ] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="native, megatron: cut as ranks would, tp2pp2.", show_default="whole tensors")
+    ] = None,
+    file_size: Annotated[
+        str | None, typer.Option(help="Begin a new file at this size.", show_default="as the source has it, or 5GB")
+    ] = None,
+    verify: Annotated[
+        str | None, typer.Option(help="Read it back: tensors (all bits) or logits.", show_default="no; alone: tensors")
+    ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="Tensors that may be unused or missing, a regular expression; repeatable.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Hugging Face folder that describes the model, if the source does not.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, if not where the run had it.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print which tensor becomes what; write nothing.")] = False,
+) -> None:
+    """Convert a checkpoint between Hugging Face, native and Megatron-Core. Run again, it goes on where it stopped."""
+    from tetrascope.tools.checkpoint_convert.command import parse_bytes, run
+    from tetrascope.tools.checkpoint_convert.formats import Options
+
+    options = Options(
+        dtype=dtype,
+        layout=layout,
+        shards=shards or "",
+        file_bytes=parse_bytes(file_size) if file_size else None,
+        allow=tuple(allow or ()),
+        config=config,
+        tokenizer=tokenizer,
+    )
+    raise typer.Exit(run(source, destination, to, options, verify or "", dry_run))
 
 
 @app.command()

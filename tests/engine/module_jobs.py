@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tetrascope.engine.build import StageModel, build_optimizer
-from tetrascope.engine.config import OptimizerSection
+from tetrascope.engine.config import OptimizerSection, ParallelSection
 from tetrascope.engine.data.collate import collate
 from tetrascope.engine.modules import family_modules
+from tetrascope.engine.pipeline import Workload, make_pipeline
 from tetrascope.engine.source import memory_source
 from tetrascope.models.family import get_family
 from tetrascope.models.layers.attention import pick_attention
@@ -24,7 +25,8 @@ def _build(case: Case, options: OptimizerSection, dtype: torch.dtype) -> StageMo
     family = get_family(case.family)
     modules = family_modules(family, case.config, options)
     mesh = Mesh(Layout(), "cpu")
-    return StageModel(family, case.config, mesh, "auto", pick_attention("auto")[1], dtype, modules)
+    cut = make_pipeline(family, case.config, ParallelSection(), modules, Workload(1)).cut
+    return StageModel(family, case.config, mesh, cut, pick_attention("auto")[1], dtype, modules)
 
 
 class _Saved:
@@ -59,10 +61,10 @@ def saved_bytes(case: Case, options: OptimizerSection) -> dict[str, int]:
     rows = sum(len(d.ids_T) for d in documents)
     batch = collate(documents, get_family(case.family), case.config, rows, 1, 0, True, device)
     params = {group.params.untyped_storage().data_ptr() for group in optimizer.groups}
-    parts = {name: module for name, module in model.module.named_children() if name != "layers"}
-    parts.update({f"layers.{i}": module for i, module in model.module.get_submodule("layers").named_children()})
+    parts = {name: module for name, module in model.chunks[0].named_children() if name != "layers"}
+    parts.update({f"layers.{i}": module for i, module in model.chunks[0].get_submodule("layers").named_children()})
     counts = {name: _Saved(module, params) for name, module in parts.items()}
-    model.module(batch.inputs)
+    model.chunks[0](batch.inputs)
     return {name: count.nbytes for name, count in counts.items()}
 
 

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from tetrascope.engine.data.collate import Document, MicroBatch, collate, encoded_here
+from tetrascope.engine.data.collate import MicroBatch, collate
+from tetrascope.engine.data.document import Document
+from tetrascope.engine.data.vision import encoded_here
 from tetrascope.models.qwen2_vl import FAMILY
 from tetrascope.parallel.tensor.placement import share
 from tetrascope.tools.verify.families.qwen2_vl import CONTENTS, PAD, make_document, tiny_config
@@ -172,9 +174,9 @@ def test_a_rank_without_visual_tokens_still_encodes_its_share() -> None:
 def test_what_a_rank_does_not_encode_it_need_not_read(name: str, tp: int) -> None:
     """Without the patches of the other documents nothing changes; without one of its own it would."""
     packed = documents(name)
-    patches = [sum(one.patches for one in d.media) for d in packed]
+    patches, media = [sum(one.patches for one in d.media) for d in packed], [d.media for d in packed]
     for rank in range(tp):
-        here = encoded_here(patches, FAMILY, CONFIG, tp, rank)
+        here = encoded_here(media, FAMILY, CONFIG, tp, rank)
         less = [d if h else dataclasses.replace(d, patches=None) for d, h in zip(packed, here, strict=True)]
         expected, found = collated(packed, tp, rank).inputs.vision, collated(less, tp, rank).inputs.vision
         assert expected is not None and found is not None
@@ -184,5 +186,5 @@ def test_what_a_rank_does_not_encode_it_need_not_read(name: str, tp: int) -> Non
                 hole = [dataclasses.replace(d, patches=None) if i == number else d for i, d in enumerate(packed)]
                 other = collated(hole, tp, rank).inputs.vision
                 assert other is not None and not torch.equal(other.patches_NP, expected.patches_NP)
-    shared = [sum(encoded_here(patches, FAMILY, CONFIG, tp, rank)) for rank in range(tp)]
+    shared = [sum(encoded_here(media, FAMILY, CONFIG, tp, rank)) for rank in range(tp)]
     assert sum(shared) <= sum(n > 0 for n in patches) + tp - 1, "each border cuts at most one document"

@@ -58,7 +58,7 @@ def test_file_overrides_and_defaults(path: Path) -> None:
     [
         ("train.stpes=3", r"unknown key 'train\.stpes'; did you mean 'train\.steps'\?"),
         ("paralel.tp=2", r"unknown key 'paralel'; did you mean 'parallel'\?"),
-        ("zzz=1", "unknown key 'zzz'; known keys: batch, data, kernels, model, optimizer, output, parallel, train"),
+        ("zzz=1", "unknown key .zzz.; known keys: batch, checkpoint, data, kernels, model, optimizer, output, parallel"),
         ("train.steps=many", r"'train\.steps' is 'many': input should be a valid integer"),
         ("train.steps=1.5", r"'train\.steps' is 1\.5: input should be a valid integer"),
         ("train.steps=0", r"'train\.steps' is 0: input should be greater than 0"),

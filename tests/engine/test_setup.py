@@ -32,13 +32,3 @@ def test_a_folder_of_another_model_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(setup, "family_of", lambda raw: "other")
     with pytest.raises(UserError, match=r"model\.family: .* is of family 'other', not 'qwen2_vl'; set model\.family=o"):
         prepare(config, 1)
-
-
-@pytest.mark.parametrize("name", ["interleaved", "zb-h1", "zb-v"])
-def test_schedules_that_only_the_simulator_runs(tmp_path: Path, name: str) -> None:
-    config = load_config(write_config(tmp_path), [f"parallel.schedule={name}"])
-    with pytest.raises(UserError) as caught:
-        prepare(config, 1)
-    assert str(caught.value) == (
-        f"parallel.schedule: runs do not support '{name}' yet, only the simulator does; choose one of 1f1b, gpipe"
-    )

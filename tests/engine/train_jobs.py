@@ -25,6 +25,7 @@ def run_steps(config: Path, overrides: list[str], stop_after: int, resume: bool)
     while trainer.step_number < stop_after:
         stats.append(asdict(trainer.step(stop_after)))
     trainer.save()
+    trainer.saved(last=True)
     trainer.close()
     found = latest_checkpoint(trainer.checkpoints)
     return [
@@ -57,3 +58,12 @@ def folder_of_its_own(root: Path) -> str | None:
     folder = root / os.environ["RANK"]
     folder.mkdir()
     return from_rank_0("step-000001", folder, torch.device("cpu"))
+
+
+def trace_steps(config: Path, overrides: list[str], steps: int) -> None:
+    """A short run of which `steps` steps are recorded."""
+    trainer = Trainer(prepare(load_config(config, overrides), int(os.environ["WORLD_SIZE"])), trace=steps)
+    trainer.start(resume=False)
+    while trainer.step_number < steps + 2:
+        trainer.step(None)
+    trainer.close()

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetrascope.errors import UserError
-from tetrascope.parallel.pipeline.actions import Action, Kind, Schedule, difference, from_text, to_text
-from tetrascope.parallel.pipeline.generators import GENERATORS, SCHEDULES, gpipe, interleaved, one_forward_one_backward
+from tetrascope.parallel.pipeline.actions import Action, Kind, Schedule, difference, from_text, placement_of, to_text
+from tetrascope.parallel.pipeline.generators import GENERATORS, gpipe, interleaved, one_forward_one_backward
+from tetrascope.parallel.pipeline.placement import chunks_of, fold, loop, with_vision
 from tetrascope.parallel.pipeline.validator import live_activations, validate
 from tetrascope.parallel.pipeline.zero_bubble import zb_h1, zb_v
 
@@ -39,13 +40,21 @@ def test_generated_schedules_are_valid(name: str, stages: int, micro_batches: in
     validate(schedule, micro_batches, buffers=1 if name in ("interleaved", "zb-v") else 0)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_what_the_executor_runs(name: str) -> None:
-    # One chunk on every stage, which is the stage's own, and whole backwards.
+@pytest.mark.parametrize("name", GENERATORS)
+def test_chunks_lie_where_the_generator_says(name: str) -> None:
+    generator = GENERATORS[name]
     for stages, micro_batches in SIZES:
-        for stage, actions in enumerate(SCHEDULES[name](stages, micro_batches)):
-            assert {action.chunk for action in actions} == {stage}
-            assert {action.kind for action in actions} == {Kind.FORWARD, Kind.BACKWARD}
+        for virtual in (None,) if generator.fixed else (None, 1, 2, 3):
+            schedule = generator(stages, micro_batches, virtual)
+            assert placement_of(schedule) == generator.place(stages, virtual or generator.virtual_stages)
+
+
+def test_placements() -> None:
+    assert loop(3) == (0, 1, 2)
+    assert loop(3, 2) == (0, 1, 2, 0, 1, 2)
+    assert fold(3) == (0, 1, 2, 2, 1, 0)
+    assert with_vision(fold(2)) == (0, 0, 1, 1, 0)
+    assert chunks_of(with_vision(fold(2)), 0) == (0, 1, 4)
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), SIZES)

@@ -15,7 +15,8 @@ import pytest
 from tetrascope.errors import UserError
 from tetrascope.parallel.pipeline.actions import Action, Kind, Schedule, from_text
 from tetrascope.parallel.pipeline.generators import GENERATORS, interleaved, one_forward_one_backward
-from tetrascope.parallel.pipeline.validator import validate
+from tetrascope.parallel.pipeline.transforms import with_vision_chunk, without_backward
+from tetrascope.parallel.pipeline.validator import live_activations, validate
 
 Tag = tuple[int, int]
 """A micro-batch and the chunk that it is sent to."""
@@ -24,6 +25,7 @@ Tag = tuple[int, int]
 def runs(schedule: Schedule) -> bool:
     """Whether the executor would come to the end with the right micro-batch in every receive."""
     home = {action.chunk: stage for stage, actions in enumerate(schedule) for action in actions}
+    trained = {action.chunk for actions in schedule for action in actions if action.kind is not Kind.FORWARD}
     queues = [deque(actions) for actions in schedule]
     channels: dict[tuple[int, int, int], deque[Tag]] = defaultdict(deque)  # direction, from, to
     local: set[tuple[int, Tag]] = set()  # what a chunk left for another of the same stage
@@ -32,6 +34,8 @@ def runs(schedule: Schedule) -> bool:
 
     def give(direction: int, stage: int, tag: Tag) -> None:
         there = home.get(tag[1])
+        if direction < 0 and tag[1] not in trained:
+            return  # nobody asks for this gradient
         if there == stage:
             local.add((direction, tag))
         elif there is not None:
@@ -79,9 +83,9 @@ def runs(schedule: Schedule) -> bool:
     return not any(queues)
 
 
-def accepts(schedule: Schedule, micro_batches: int) -> bool:
+def accepts(schedule: Schedule, micro_batches: int, frozen: int = 0) -> bool:
     try:
-        validate(schedule, micro_batches)
+        validate(schedule, micro_batches, frozen=frozen)
     except UserError:
         return False
     return True
@@ -96,20 +100,27 @@ def test_generated_schedules_run(name: str) -> None:
             assert runs(schedule)
 
 
+@pytest.mark.parametrize("vision_chunk", [False, True])
 @pytest.mark.parametrize("name", GENERATORS)
-def test_accepts_just_what_runs(name: str) -> None:
+def test_accepts_just_what_runs(name: str, vision_chunk: bool) -> None:
     # Complete schedules with a few neighbouring actions swapped: some still run, some do not. A backward may overtake
     # or stay behind; what the validator says must be what the simulation finds.
     rng = random.Random(name)
     verdicts = set()
     for _ in range(300):
-        schedule = [list(actions) for actions in GENERATORS[name](rng.randint(1, 4), 4)]
+        made = GENERATORS[name](rng.randint(1, 4), 4)
+        if vision_chunk:
+            made = with_vision_chunk(made)
+        frozen = rng.choice([0, 0, 1, 2])
+        chunks = 1 + max(action.chunk for actions in made for action in actions)
+        frozen = min(frozen, chunks - 1)
+        schedule = [list(actions) for actions in without_backward(made, frozen)]
         for _ in range(rng.randint(0, 4)):
             actions = rng.choice(schedule)
             i = rng.randrange(len(actions) - 1)
             actions[i], actions[i + 1] = actions[i + 1], actions[i]
         changed = tuple(tuple(actions) for actions in schedule)
-        assert runs(changed) == accepts(changed, 4)
+        assert runs(changed) == accepts(changed, 4, frozen)
         verdicts.add(runs(changed))
     assert verdicts == {True, False}
 
@@ -219,3 +230,37 @@ def test_memory_bound() -> None:
     validate(from_text("F0 I0 W0 F1 I1 W1"), 2, max_live=1)
     with pytest.raises(UserError, match="stage 0, position 2, F1 makes 2 live activations"):
         validate(from_text("F0 I0 F1 W0 I1 W1"), 2, max_live=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (  # a backward that there must not be
+            "F0 B0 F1\nF0 B0 F1 B1",
+            "stage 0, position 1, B0: nothing in chunk 0 or before it is trained; take the action out",
+        ),
+        (
+            "F0 W0 F1\nF0 B0 F1 B1",
+            "stage 0, position 1, W0: nothing in chunk 0 or before it is trained; take the action",
+        ),
+        ("F0 F1\nF0 B0 F1", "stage 1 ends at position 3 without B1"),
+        ("F0\nF0 B0 F1 B1", "stage 0 ends at position 1 without F1"),
+    ],
+)
+def test_chunks_without_a_backward(text: str, message: str) -> None:
+    validate(from_text("F0 F1\nF0 B0 F1 B1"), 2, buffers=0, frozen=1)
+    with pytest.raises(UserError) as caught:
+        validate(from_text(text), 2, frozen=1)
+    assert str(caught.value).startswith(f"schedule: {message}")
+
+
+def test_a_frozen_chunk_must_be_declared() -> None:
+    with pytest.raises(UserError, match="stage 0 ends at position 2 without B0"):
+        validate(from_text("F0 F1\nF0 B0 F1 B1"), 2)
+
+
+def test_chunks_without_a_backward_hold_no_activation() -> None:
+    # Chunk 0 runs ahead of chunk 1, on the same stage; only the latter's backward is waited for.
+    schedule = from_text("F0 F1 F2 F0c1 I0c1 W0c1 F1c1 F2c1 B1c1 B2c1")
+    validate(schedule, 3, max_live=2, frozen=1)
+    assert live_activations(schedule[0]) == [0, 0, 0, 1, 1, 0, 1, 2, 1, 0]

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from tetrascope.engine import flops
 from tetrascope.engine.config import OptimizerSection
 from tetrascope.engine.logical import Shard, shards
 from tetrascope.engine.modules import ModuleOptions
+from tetrascope.engine.recompute import Recompute, recompute_layers, tile_mlps
 from tetrascope.engine.source import Source, fill
 from tetrascope.errors import UserError
 from tetrascope.models.family import Family, ModelConfig, Stage
+from tetrascope.models.inputs import Inputs
 from tetrascope.models.layers.attention import AttentionFn
 from tetrascope.models.layers.collect import Collect
-from tetrascope.models.sharding import Column, Gather, Replicated, Row, Vocab, rule_for
+from tetrascope.models.sharding import Column, Gather, Replicated, Row, ShardingTable, Vocab, rule_for
+from tetrascope.parallel.context.attention import ContextAttention, check_heads
+from tetrascope.parallel.context.deliver import DeliverFeatures
 from tetrascope.parallel.mesh import Layout, Mesh
-from tetrascope.parallel.pipeline.partition import balanced_split, check_layers, check_split, layer_ranges
+from tetrascope.parallel.pipeline.cut import Cut
+from tetrascope.parallel.tensor.collectives import gather_tokens
 from tetrascope.parallel.tensor.layers import (
     ColumnParallelLinear,
     GatherTokens,
+    ReplicatedLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
@@ -31,14 +38,9 @@ from tetrascope.parallel.tensor.placement import Block, whole
 from tetrascope.parallel.zero.flat import FlatGroup, GroupSpec
 from tetrascope.parallel.zero.optimizer import ZeroAdamW
 
-TYPICAL_DOCUMENT = 256
-"""Tokens of the document that the automatic stage cut is made for."""
 
-
-def check_layout(family: Family, config: ModelConfig, layout: Layout, split: list[int] | str = "auto") -> None:
-    """Raises UserError when the model cannot be laid out so. Needs no process group."""
-    if layout.ring * layout.ulysses > 1:
-        raise UserError("parallel.ring, parallel.ulysses: context parallelism is not available yet; set both to 1")
+def check_layout(family: Family, config: ModelConfig, layout: Layout) -> None:
+    """Raises UserError when the model cannot be divided so. Needs no process group."""
     heads = {
         "decoder heads": config.decoder.heads,
         "decoder key/value heads": config.decoder.kv_heads,
@@ -50,21 +52,7 @@ def check_layout(family: Family, config: ModelConfig, layout: Layout, split: lis
             raise UserError(
                 f"parallel.tp: {count} {what} do not divide by tp={layout.tp}; this model allows tp up to {max(fits)}"
             )
-    first_least = family.first_layers(config)
-    check_layers(config.decoder.layers, layout.pp, first_least)
-    if not isinstance(split, str):
-        check_split(split, config.decoder.layers, layout.pp, first_least)
-
-
-def stage_layers(family: Family, config: ModelConfig, layout: Layout, split: list[int] | str = "auto") -> list[range]:
-    """The decoder layers of every stage; `auto` counts vision encoder and head as what they cost beside a layer."""
-    if not isinstance(split, str):
-        return layer_ranges(split)
-    layer = flops.layer_forward(config, [TYPICAL_DOCUMENT])
-    vision = flops.vision_forward(config, [config.typical]) / layer
-    head = flops.head_forward(config, TYPICAL_DOCUMENT) / layer
-    first_least = family.first_layers(config)
-    return layer_ranges(balanced_split(config.decoder.layers, layout.pp, vision, head, first_least))
+    check_heads(config.decoder.heads, config.decoder.kv_heads, layout.tp, layout.ulysses)
 
 
 @dataclass(frozen=True)
@@ -77,20 +65,14 @@ class Placed:
     """The same on every tensor-parallel rank."""
 
 
-def _stage_of(name: str, layers: Sequence[range]) -> int:
-    """The pipeline stage that holds a parameter of the whole model (a tied head counts as the last stage's)."""
-    if name.startswith("layers."):
-        layer = int(name.split(".")[1])
-        return next(stage for stage, held in enumerate(layers) if layer in held)
-    return len(layers) - 1 if name.startswith(("norm.", "head.")) else 0
-
-
 class StageModel:
-    """This rank's part of the model: what its pipeline stage holds, divided over its tensor-parallel group.
+    """This rank's part of the model: the chunks of its pipeline stage, divided over its tensor-parallel group.
 
     Built without memory first (meta device); `ZeroAdamW`'s flat buffers then become the parameters' memory.
 
-    modules: options of every parameter of the whole model. gradient_borders: see `execute`.
+    modules: options of every parameter of the whole model. recompute: see `recompute_layers`. loss_rows: rows of logits
+    that are held at once; the last chunk then gives the head's input, gathered, instead of logits (None: all rows).
+    mlp_rows: rows that the decoder's MLPs see at once, see `tile_mlps` (None: all).
     """
 
     def __init__(
@@ -98,31 +80,89 @@ class StageModel:
         family: Family,
         config: Any,
         mesh: Mesh,
-        split: list[int] | str,
+        cut: Cut,
         attend: AttentionFn,
         dtype: torch.dtype,
         modules: Mapping[str, ModuleOptions],
+        recompute: Recompute = "none",
+        loss_rows: int | None = None,
+        mlp_rows: int | None = None,
     ) -> None:
-        self.family, self.config, self.mesh, self.modules = family, config, mesh, modules
-        layers = stage_layers(family, config, mesh.layout, split)
-        self.layers = layers[mesh.index("pp")]
-        self.gradient_borders = self._gradient_borders(layers)
+        self.family, self.config, self.mesh, self.cut, self.modules = family, config, mesh, cut, modules
+        self.loss_rows = loss_rows
+        self.chunks: dict[int, Any] = {}
+        """The chunks of this stage by number; the vision encoder is part of the one with the embedding."""
         with torch.device("meta"):
-            stage = Stage(self.layers, first=mesh.first_stage, last=mesh.last_stage)
-            self.module = family.build(config, stage, attend).to(dtype)
+            for chunk in cut.chunks(mesh.index("pp")):
+                if chunk >= cut.first:
+                    stage = Stage(cut.layers[chunk], first=chunk == cut.first, last=chunk == cut.last)
+                    self.chunks[chunk] = family.build(config, stage, attend).to(dtype)
+        self._tie_here()
+        if mesh.context.size() > 1 and cut.first in self.chunks:
+            gradients = any(not own.frozen for name, own in modules.items() if name.startswith(("vision.", "adaptor.")))
+            self.chunks[cut.first].deliver = DeliverFeatures(mesh.context, gradients)
         self.placed = dict(self._divide())
         for name, placed in self.placed.items():
             placed.param.requires_grad_(not modules[name].frozen)
         self._weights = family.weights(config)
+        if loss_rows is not None and self.holds_last:
+            self.head.forward = partial(gather_tokens, group=mesh.group("tp"))
+        if mlp_rows is not None:
+            for module in self.chunks.values():
+                tile_mlps(module, mlp_rows, mesh.size("tp"))
+        if recompute == "full":
+            keep = attend.keep_results if isinstance(attend, ContextAttention) else None
+            for module in self.chunks.values():
+                recompute_layers(module, keep)
+
+    @property
+    def holds_last(self) -> bool:
+        """Whether this stage has the output head and computes the loss."""
+        return self.cut.last in self.chunks
+
+    @property
+    def head(self) -> Any:
+        """The output head, on the stage that holds it."""
+        return self.chunks[self.cut.last].head
+
+    @property
+    def layers(self) -> list[int]:
+        """The decoder layers of this stage."""
+        return [layer for chunk in self.chunks for layer in self.cut.layers[chunk]]
+
+    def run(self, chunk: int, inputs: Inputs, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """A chunk's forward on what the chunk before gave.
+
+        Visual tokens `[M, H]` from the vision encoder's chunk (none for text), hidden states `[T/tp, H]` from others,
+        logits `[T, V/tp]` from the last, or with `loss_rows` the head's input `[T, H]`.
+        """
+        if chunk < self.cut.first:
+            return () if inputs.vision is None else tuple(self.chunks[chunk + 1].visual_tokens(inputs.vision))
+        if chunk > self.cut.first:
+            return (self.chunks[chunk](inputs, *given),)
+        return (self.chunks[chunk](inputs, visual=given if self.cut.vision_chunk else None),)
+
+    def _tie_here(self) -> None:
+        """One parameter for embedding and head where both are on this stage, but in different chunks."""
+        first, last = (self.chunks.get(chunk) for chunk in (self.cut.first, self.cut.last))
+        if self.config.decoder.tied_embeddings and first is not None and last is not None:
+            last.head.weight = first.embed.weight
 
     def _divide(self) -> Iterator[tuple[str, Placed]]:
         """Applies the sharding table; yields every parameter once (a tied one under its first name)."""
         table = self.family.sharding(self.config)
         group = self.mesh.group("tp")
-        owners = [n for n, module in self.module.named_modules() if module._parameters or isinstance(module, Collect)]
         made: dict[int, nn.Parameter] = {}
+        for whole_module in self.chunks.values():
+            yield from self._divide_chunk(whole_module, table, group, made)
+
+    def _divide_chunk(
+        self, chunk: nn.Module, table: ShardingTable, group: dist.ProcessGroup, made: dict[int, nn.Parameter]
+    ) -> Iterator[tuple[str, Placed]]:
+        """made: parameters by the identity of those that they stand for, to find tied ones."""
+        owners = [n for n, module in chunk.named_modules() if module._parameters or isinstance(module, Collect)]
         for name in owners:
-            module = self.module.get_submodule(name)
+            module = chunk.get_submodule(name)
             rule = rule_for(table, name)
             original = {key: id(param) for key, param in module._parameters.items() if param is not None}
             if isinstance(rule, Column) and isinstance(module, nn.Linear):
@@ -133,11 +173,13 @@ class StageModel:
                 module = VocabParallelEmbedding(module, group)
             elif isinstance(rule, Gather) and isinstance(module, Collect):
                 module = GatherTokens(group)
+            elif isinstance(rule, Replicated) and isinstance(module, nn.Linear):
+                module = ReplicatedLinear(module)
             elif not isinstance(rule, Replicated) or isinstance(module, Collect):
                 raise UserError(
                     f"sharding table: {type(rule).__name__} cannot divide {name}, a {type(module).__name__}"
                 )
-            self.module.set_submodule(name, module)
+            chunk.set_submodule(name, module)
             blocks = getattr(module, "blocks", {})
             for key, identity in original.items():
                 if identity in made:  # tied within this stage: keep one parameter
@@ -148,16 +190,10 @@ class StageModel:
                 place = blocks.get(key, whole(tuple(param.shape)))
                 yield f"{name}.{key}", Placed(param, place, key not in blocks)
 
-    def _gradient_borders(self, layers: Sequence[range]) -> tuple[bool, bool]:
-        """Whether anything before this stage is trained, and whether anything before the next one is."""
-        first = min(_stage_of(name, layers) for name, own in self.modules.items() if not own.frozen)
-        stage = self.mesh.index("pp")
-        return first < stage, first <= stage
-
     def group_specs(self, base_lr: float) -> list[GroupSpec]:
         """Parameters by how they are updated and reduced: tied, frozen, replicated or divided, decay for matrices
         only, learning rate relative to `base_lr`."""
-        tied = self._tied_across_stages()
+        tied = self._tied_across_stages
         groups: dict[tuple[bool, bool, bool, float, float], dict[str, nn.Parameter]] = {}
         for name, placed in self.placed.items():
             own = self.modules[name]
@@ -182,6 +218,7 @@ class StageModel:
         trained = [pieces for name, pieces in self._weights.items() if not self.modules[name].frozen]
         return {piece.tensor.name for pieces in trained for piece in pieces}
 
+    @cached_property  # compares every parameter with every other
     def _tied_across_stages(self) -> str | None:
         """The parameter of this stage that is made of the same logical tensors as one on another stage."""
         for name in self.placed:
@@ -192,13 +229,13 @@ class StageModel:
 
     def module_has(self, name: str) -> bool:
         """Whether this stage has a parameter of that name, tied ones included."""
-        return name in dict(self.module.named_parameters(remove_duplicate=False))
+        return any(name in dict(one.named_parameters(remove_duplicate=False)) for one in self.chunks.values())
 
     def owns(self, name: str) -> bool:
         """Whether this rank is the one that saves a parameter, among those that hold the same part of it."""
         if self.placed[name].replicated and self.mesh.index("tp") > 0:
             return False
-        return not (name == self._tied_across_stages() and not self.mesh.first_stage)
+        return not (name == self._tied_across_stages and not self.mesh.first_stage)
 
     def shards(self, name: str, start: int, flat: torch.Tensor) -> list[Shard]:
         """The elements [start, start + len(flat)) of a local parameter as shards of logical tensors."""

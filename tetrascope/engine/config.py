@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 from tetrascope.errors import UserError
 from tetrascope.models.media import MEDIA_OPTIONS
+from tetrascope.parallel.context.attention import Exchange
 from tetrascope.parallel.mesh import Layout
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -217,23 +218,57 @@ class BatchSection(_Section):
 
 
 class ParallelSection(_Section):
-    """Sizes of the axes. dp: null means what the started ranks leave. split: decoder layers per stage, or auto."""
+    """Sizes of the axes, and the pipeline. dp: null means what the started ranks leave.
+
+    ring, ulysses: of context parallelism. context: ranks that share a micro-batch, of which ring and ulysses are then
+    chosen for the model and the machine (`context_degrees`) unless they are given.
+    schedule: gpipe, 1f1b, interleaved, zb-h1, zb-v; cost, made for each step's micro-batches; or a file of actions.
+    virtual_stages: chunks of the model a stage, null for what the schedule needs. placement: of the chunks of `cost`,
+    round after round over the stages, or folded into a V. vision_chunk: whether the vision encoder is a chunk of its
+    own, so that it can run ahead; null: with `cost`. memory_gib: of activations a stage, which `cost` keeps within;
+    null: as much as 1F1B takes. hardware: the machine by whose profile, or file, costs are weighed; auto: cpu, or on
+    GPUs h100-sxm. split: decoder layers of every chunk, or auto.
+    """
 
     tp: PositiveInt = 1
     pp: PositiveInt = 1
     dp: PositiveInt | None = 1
     ring: PositiveInt = 1
     ulysses: PositiveInt = 1
+    context: PositiveInt | None = None
     schedule: str = "1f1b"
+    virtual_stages: PositiveInt | None = None
+    placement: Literal["loop", "fold"] = "loop"
+    vision_chunk: bool | None = None
+    memory_gib: PositiveFloat | None = None
+    hardware: str = "auto"
     split: Literal["auto"] | list[PositiveInt] = "auto"
+
+    @pydantic.model_validator(mode="after")
+    def _degrees_multiply(self) -> ParallelSection:
+        both = self.ring * self.ulysses
+        if self.context is not None and both not in (1, self.context):
+            raise ValueError(
+                f"ring={self.ring} and ulysses={self.ulysses} make {both} ranks, context says {self.context}; leave "
+                "them out, to have them chosen, or give both so that they multiply to it"
+            )
+        return self
+
+    @property
+    def chooses_degrees(self) -> bool:
+        """Whether ring and ulysses follow from `context`."""
+        return self.context is not None and self.ring * self.ulysses != self.context
 
     def layout(self, world: int | None = None) -> Layout:
         """The layout for `world` started ranks (None: as many as the axes say).
 
+        Where `context` is still to be divided, all of it is in the ring, which any model allows.
         Raises UserError when the axes do not multiply to it.
         """
-        axes = f"pp={self.pp}, ring={self.ring}, ulysses={self.ulysses}, tp={self.tp}"
-        rest = self.pp * self.ring * self.ulysses * self.tp
+        ring = self.context if self.chooses_degrees and self.context else self.ring
+        context = f"ring={self.ring}, ulysses={self.ulysses}" if self.context is None else f"context={self.context}"
+        axes = f"pp={self.pp}, {context}, tp={self.tp}"
+        rest = self.pp * ring * self.ulysses * self.tp
         dp = self.dp
         if dp is None:
             if (world or rest) % rest:
@@ -244,7 +279,7 @@ class ParallelSection(_Section):
                 f"parallel: dp={dp}, {axes} make {dp * rest} ranks, but {world} were started; start {dp * rest} "
                 f"ranks (--nproc-per-node times --nnodes) or change the axes, for example parallel.dp=null"
             )
-        return Layout(pp=self.pp, dp=dp, ring=self.ring, ulysses=self.ulysses, tp=self.tp)
+        return Layout(pp=self.pp, dp=dp, ring=ring, ulysses=self.ulysses, tp=self.tp)
 
 
 class ModuleSettings(_Section):
@@ -281,21 +316,30 @@ class OptimizerSection(_Section):
 
 
 class TrainSection(_Section):
-    """How long and where. threads: CPU threads a rank. save_every, log_every: in steps."""
+    """How long and where. threads: CPU threads a rank. recompute: activations of layers in the backward instead of
+    keeping them, none or full. loss_rows: rows of logits that are held at once, null for all; mlp_rows: rows that the
+    decoder's MLPs see at once, null for all; both for long sequences. save_every, log_every: in steps."""
 
     steps: PositiveInt
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: PositiveInt = 1
+    recompute: Literal["none", "full"] = "none"
+    loss_rows: PositiveInt | None = None
+    mlp_rows: PositiveInt | None = None
     save_every: PositiveInt = 1000
     log_every: PositiveInt = 1
 
 
 class KernelsSection(_Section):
-    """Which kernels. auto: the fastest that is installed."""
+    """Which kernels. auto: the fastest that is installed. attention: of whole packs. context: of the parts that a pack
+    has under context parallelism. exchange: how keys and values of other ring ranks are reached, piece by piece round
+    the ring or gathered at once."""
 
     attention: str = "auto"
+    context: str = "auto"
+    exchange: Exchange = "ring"
 
 
 class OutputSection(_Section):
@@ -303,6 +347,27 @@ class OutputSection(_Section):
 
     dir: Path
     export_hf: bool = True
+
+
+class CheckpointSection(_Section):
+    """How checkpoints are saved, every `train.save_every` steps and at the end.
+
+    asynchronous: the run goes on while a copy of its state, in host memory, is written. keep_last: how many stay, null
+    for all; keep_every: besides these, those of steps that it divides. on_full_disk: what becomes of the run when one
+    finds no room. export_hf: also write each, in the background, as a Hugging Face checkpoint to `hf` in output.dir.
+    """
+
+    asynchronous: bool = True
+    keep_last: PositiveInt | None = None
+    keep_every: PositiveInt | None = None
+    on_full_disk: Literal["stop", "continue"] = "stop"
+    export_hf: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _every_besides_the_last(self) -> CheckpointSection:
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError("keep_every means nothing without keep_last, since all are kept; add keep_last")
+        return self
 
 
 class Config(_Section):
@@ -315,6 +380,7 @@ class Config(_Section):
     optimizer: OptimizerSection
     train: TrainSection
     kernels: KernelsSection = KernelsSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     output: OutputSection
 
 

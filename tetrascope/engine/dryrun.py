@@ -9,6 +9,7 @@ tokenizer, weights) is not looked at: the model's sizes come from `model.preset`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -18,13 +19,11 @@ from tetrascope.engine import flops
 from tetrascope.engine.build import StageModel, build_optimizer
 from tetrascope.engine.config import Config
 from tetrascope.engine.modules import summary, trained
+from tetrascope.engine.pipeline import QUESTION_TOKENS
 from tetrascope.engine.plan import CostModel, Planner, SampleInfo, StepPlan
 from tetrascope.engine.setup import Blueprint, blueprint
 from tetrascope.parallel.mesh import Mesh
 from tetrascope.parallel.zero.flat import TrainedGroup
-
-QUESTION_TOKENS = 256
-"""Text of a made-up sample; half of it supervised."""
 
 COLUMNS = ("stage", "layers", "parameters, M", "trained, M", "weights, GiB", "gradients", "optimizer", "in all")
 
@@ -37,7 +36,7 @@ class StageSize:
     the parameters are not fp32 themselves) and moments.
     """
 
-    layers: range
+    layers: list[int]
     parameters: int
     trained: int
     weight_bytes: int
@@ -85,8 +84,8 @@ def _stage(config: Config, made: Blueprint, stage: int) -> StageSize:
     try:
         mesh = Mesh(made.layout, "cpu")
         dtype = getattr(torch, config.train.dtype)
-        split = config.parallel.split
-        model = StageModel(made.family, made.model_config, mesh, split, made.attention[1], dtype, made.modules)
+        cut = made.pipeline.cut
+        model = StageModel(made.family, made.model_config, mesh, cut, made.attention[1], dtype, made.modules)
         groups = build_optimizer(model, config.optimizer, torch.device("meta")).groups
     finally:
         dist.destroy_process_group()
@@ -110,7 +109,7 @@ def describe(found: DryRun) -> tuple[Table, list[str]]:
     for column in COLUMNS:
         table.add_column(column, justify="right")
     for number, stage in enumerate(found.stages):
-        held = f"{stage.layers.start}-{stage.layers.stop - 1}"
+        held = _ranges(stage.layers)
         sizes = (stage.weight_bytes, stage.gradient_bytes, stage.state_bytes, stage.bytes)
         table.add_row(
             str(number),
@@ -125,3 +124,10 @@ def describe(found: DryRun) -> tuple[Table, list[str]]:
         f"a step of {len(found.plan.draws)} samples with a picture each: {found.tokens:,} tokens, "
         f"micro-batches of up to {max(rows):,} tokens, {found.flops / 1e12:,.1f} TFLOP; activations not counted",
     ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0-3, 8-11 for the numbers from 0 to 3 and from 8 to 11."""
+    breaks = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
+    runs = [numbers[a:b] for a, b in pairwise([0, *breaks, len(numbers)])]
+    return ", ".join(f"{run[0]}-{run[-1]}" for run in runs if run)

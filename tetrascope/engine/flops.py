@@ -8,6 +8,7 @@ kernel computes twice or for nothing, such as scores that are recomputed in the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tetrascope.engine.modules import ALL_TRAINED, Trained
 from tetrascope.models.family import ModelConfig
@@ -59,18 +60,69 @@ def training_flops(
     return vision, linears + attention + head
 
 
+class Products(NamedTuple):
+    """FLOPs of linears, and of attention's scores and weighted sums, which kernels compute at another rate."""
+
+    linears: float
+    attention: float
+
+
+class Work(NamedTuple):
+    """The parts of forward and backward: a linear's gradient of its input is one product, that of its weights another,
+    and both of attention's gradients count as input's."""
+
+    forward: Products
+    backward_input: Products
+    backward_weight: Products
+
+
+def vision_work(config: ModelConfig, media: Sequence[Media], trained: Trained = ALL_TRAINED) -> Work:
+    """Vision encoder and adaptor; the parts add up to the first number of `training_flops`."""
+    patch, adaptor = _patch_embedding(config, media), _adaptor(config, media)
+    linears, attention = _encoder_linears(config, media), _encoder_attention(config, media)
+    return Work(
+        Products(patch + linears + adaptor, attention),
+        Products((linears + adaptor) * trained.vision, 2 * attention * trained.vision),
+        Products((patch + linears) * trained.vision + adaptor * trained.adaptor, 0.0),
+    )
+
+
+def layer_work(config: ModelConfig, documents: Sequence[int], trained: bool = True, below: bool = True) -> Work:
+    """One decoder layer. trained: whether it is; below: whether anything before it is. With that of `head_work`, for
+    all layers, the parts add up to the second number of `training_flops`."""
+    linears, attention = _layer_linears(config, sum(documents)), _layer_attention(config, documents)
+    through = trained or below
+    return Work(
+        Products(linears, attention),
+        Products(linears * through, 2 * attention * through),
+        Products(linears * trained, 0.0),
+    )
+
+
+def head_work(config: ModelConfig, tokens: int, trained: bool = True, below: bool = True) -> Work:
+    """The output head. trained: whether it is; below: whether anything before it is."""
+    linears = head_forward(config, tokens)
+    return Work(Products(linears, 0.0), Products(linears * below, 0.0), Products(linears * trained, 0.0))
+
+
 def _patch_embedding(config: ModelConfig, media: Sequence[Media]) -> float:
     return 2.0 * config.vision_cost.patch * sum(one.patches for one in media)
 
 
 def _encoder(config: ModelConfig, media: Sequence[Media]) -> float:
-    """Linears of all blocks, and scores and weighted sums of every pair of rows that attend to each other."""
+    return _encoder_linears(config, media) + _encoder_attention(config, media)
+
+
+def _encoder_linears(config: ModelConfig, media: Sequence[Media]) -> float:
+    """Linears of all blocks."""
+    return 2.0 * config.vision_cost.linears * sum(one.patches for one in media)
+
+
+def _encoder_attention(config: ModelConfig, media: Sequence[Media]) -> float:
+    """Scores and weighted sums of every pair of rows that attend to each other."""
     cost = config.vision_cost
     return 2.0 * sum(
-        cost.linears * one.patches
-        + cost.attention * square_pairs(one.frames)
-        + cost.window_attention * square_pairs(one.windows)
-        for one in media
+        cost.attention * square_pairs(one.frames) + cost.window_attention * square_pairs(one.windows) for one in media
     )
 
 

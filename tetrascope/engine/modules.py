@@ -17,6 +17,7 @@ from tetrascope.engine.config import OptimizerSection
 from tetrascope.errors import UserError
 from tetrascope.models.family import Family
 from tetrascope.models.weights import WeightMap
+from tetrascope.parallel.pipeline.cut import Cut
 
 MODULES = {
     "vision": r"vision\..*",
@@ -155,3 +156,16 @@ def summary(weights: WeightMap, modules: Mapping[str, ModuleOptions]) -> str:
 
 def _elements(piece: Any) -> int:
     return int(piece.rows * math.prod(piece.tensor.matrix[1:]))
+
+
+def first_trained(cut: Cut, modules: Mapping[str, ModuleOptions]) -> int:
+    """The first chunk of the pipeline that has something trained in it: those before compute no gradients."""
+    return min(_chunk_of(name, cut) for name, own in modules.items() if not own.frozen)
+
+
+def _chunk_of(name: str, cut: Cut) -> int:
+    """The chunk that holds a parameter of the whole model (a tied head counts as the last chunk's)."""
+    module, _, rest = name.partition(".")
+    if module == "layers":
+        return cut.chunk_of(int(rest.split(".")[0]))
+    return {"vision": 0, "adaptor": 0, "embed": cut.first}.get(module, cut.last)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tetrascope.engine.attention import check_context_kernel
 from tetrascope.engine.build import check_layout
 from tetrascope.engine.config import Config, DataSection, validated
 from tetrascope.engine.data.mixture import Mixture, Progress
@@ -16,16 +17,16 @@ from tetrascope.engine.data.skipped import SkipLog
 from tetrascope.engine.data.tokenizer import load_tokenizer
 from tetrascope.engine.modules import ModuleOptions, family_modules
 from tetrascope.engine.parts import PartsSource, open_parts
+from tetrascope.engine.pipeline import QUESTION_TOKENS, Pipeline, Workload, make_pipeline
+from tetrascope.engine.predict import load_hardware
 from tetrascope.engine.source import HuggingFaceFolder, Source, random_source, read_hf_config
 from tetrascope.engine.storage import check_writable
 from tetrascope.errors import UserError
-from tetrascope.models.family import Family, family_of, get_family
+from tetrascope.models.family import Family, ModelConfig, family_of, get_family
 from tetrascope.models.layers.attention import AttentionFn, pick_attention
 from tetrascope.models.media import MEDIA_OPTIONS
+from tetrascope.parallel.context.degrees import context_degrees
 from tetrascope.parallel.mesh import Layout
-from tetrascope.parallel.pipeline.actions import Schedule
-from tetrascope.parallel.pipeline.generators import GENERATORS, SCHEDULES
-from tetrascope.parallel.pipeline.validator import validate
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Blueprint:
     family: Family
     model_config: Any
     layout: Layout
-    schedule: Schedule
+    pipeline: Pipeline
     attention: tuple[str, AttentionFn]
     modules: dict[str, ModuleOptions]
 
@@ -75,9 +76,10 @@ def prepare(config: Config, world: int | None) -> Setup:
     world: ranks that were started, None when they are yet to be. Raises UserError with the remedy.
     """
     family = get_family(config.model.family)
-    layout = config.parallel.layout(world)
+    config.parallel.layout(world)
     if config.data.train is not None and not config.data.train.exists():
         raise UserError(f"data.train: {config.data.train} does not exist; make it first or fix the path")
+    check_context_kernel(config)
     check_writable(config.output.dir)
     tokenizer = load_tokenizer(config.data.tokenizer)
     model_config = _model_config(config, family, tokenizer)
@@ -86,7 +88,7 @@ def prepare(config: Config, world: int | None) -> Setup:
             f"data.tokenizer: has {len(tokenizer)} tokens, the model's vocabulary only {model_config.decoder.vocab}; "
             "use the tokenizer that belongs to the model"
         )
-    return Setup(**vars(_blueprint(config, family, model_config, layout)), tokenizer=tokenizer)
+    return Setup(**vars(_blueprint(config, family, model_config, world)), tokenizer=tokenizer)
 
 
 def index_folder(config: Config) -> Path:
@@ -121,25 +123,49 @@ def blueprint(config: Config, world: int | None) -> Blueprint:
     if config.data.tokenizer.is_dir():
         raw = family.complete(raw, load_tokenizer(config.data.tokenizer))
     model_config = validated(family.config_class, raw, "model.config")
-    return _blueprint(config, family, model_config, config.parallel.layout(world))
+    return _blueprint(config, family, model_config, world)
 
 
-def _blueprint(config: Config, family: Family, model_config: Any, layout: Layout) -> Blueprint:
-    if config.parallel.schedule not in SCHEDULES:
-        known = config.parallel.schedule in GENERATORS
-        problem = "runs do not support {!r} yet, only the simulator does" if known else "unknown {!r}"
-        raise UserError(
-            f"parallel.schedule: {problem.format(config.parallel.schedule)}; "
-            f"choose one of {', '.join(sorted(SCHEDULES))}"
-        )
+def _blueprint(config: Config, family: Family, model_config: Any, world: int | None) -> Blueprint:
     check_media_options(config.data, family)
-    check_layout(family, model_config, layout, config.parallel.split)
+    config = with_degrees(config, model_config)
+    layout = config.parallel.layout(world)
+    check_layout(family, model_config, layout)
     modules = family_modules(family, model_config, config.optimizer)
-    micro_batches = config.batch.per_rank(layout.dp)
-    schedule = SCHEDULES[config.parallel.schedule](layout.pp, micro_batches)
-    validate(schedule, micro_batches)
+    work = _workload(config, model_config, layout)
+    parallel = config.parallel.model_copy(update={"dp": layout.dp})
+    pipeline = make_pipeline(family, model_config, parallel, modules, work)
     attention = pick_attention(config.kernels.attention)
-    return Blueprint(config, family, model_config, layout, schedule, attention, modules)
+    return Blueprint(config, family, model_config, layout, pipeline, attention, modules)
+
+
+def with_degrees(config: Config, model_config: ModelConfig) -> Config:
+    """The configuration with ring and ulysses in the place of a `parallel.context` that is still to be divided."""
+    parallel, decoder = config.parallel, model_config.decoder
+    if not parallel.chooses_degrees or parallel.context is None:
+        return config
+    node = load_hardware(profile_of(config)).gpus_per_node
+    ring, ulysses = context_degrees(parallel.context, decoder.heads, decoder.kv_heads, parallel.tp, node)
+    return config.model_copy(
+        update={"parallel": parallel.model_copy(update={"ring": ring, "ulysses": ulysses})},
+    )
+
+
+def _workload(config: Config, model_config: Any, layout: Layout) -> Workload:
+    """The run's micro-batches as far as they are known before its data is."""
+    batch, count = config.batch, config.batch.per_rank(layout.dp)
+    if batch.pack is not None:
+        samples = batch.pack // (model_config.typical.tokens + QUESTION_TOKENS)
+    else:
+        samples = (batch.samples or 1) // (layout.dp * count)
+    return Workload(count, max(1, samples), config.train.dtype, config.train.recompute, profile_of(config))
+
+
+def profile_of(config: Config) -> str:
+    """The hardware profile by which a run's costs are weighed: the same on all ranks of a kind."""
+    if config.parallel.hardware != "auto":
+        return config.parallel.hardware
+    return "h100-sxm" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _preset(config: Config, family: Family) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class HuggingFaceFolder:
         self.field = field
         maps = {name: layout.weights(config) for name, layout in layouts.items()}
         subfolders = {name.rpartition("/")[0] for weights in maps.values() for name in logical_tensors(weights)} - {""}
-        self.files = TensorFolder(folder, subfolders)
+        self.files = self._open_files(folder, subfolders)
         self.folder = folder
         self.layout = self._recognise(layouts, config)
         own = maps[self.layout]
@@ -91,6 +91,9 @@ class HuggingFaceFolder:
         self._pieces = relative(canonical, own)
         copies = layouts[self.layout].copies(config)
         self._copies = {original: copy for copy, original in copies.items() if copy in self.files.names()}
+
+    def _open_files(self, folder: Path, subfolders: Iterable[str]) -> TensorFolder:
+        return TensorFolder(folder, subfolders)
 
     def _recognise(self, layouts: Mapping[str, CheckpointLayout], config: Any) -> str:
         """The layout that the folder's tensor names fit. Raises UserError with what the nearest one misses."""

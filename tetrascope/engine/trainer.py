@@ -1,38 +1,37 @@
-"""The training loop of one rank, from the checked configuration to the last checkpoint."""
+"""One rank of a run: everything it holds, its start and its steps."""
 
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from tetrascope.engine import flops
+from tetrascope.engine.attention import context_attention
 from tetrascope.engine.build import StageModel, build_optimizer
-from tetrascope.engine.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from tetrascope.engine.checkpoint import Outcome as Saved
+from tetrascope.engine.checkpoint import Saver, checkpoints, load_checkpoint, newest_whole, read_state, tidy
 from tetrascope.engine.config import Config, validated
 from tetrascope.engine.data.collate import MicroBatch
 from tetrascope.engine.data.loader import Loader, StepData
 from tetrascope.engine.data.samples import Loaded, SampleLoader, Task, check_digests, sample_loader
 from tetrascope.engine.data.skipped import Skip, SkipLog
 from tetrascope.engine.lr import learning_rate
-from tetrascope.engine.metrics import MetricsLog
-from tetrascope.engine.modules import summary, trained
+from tetrascope.engine.modules import trained
 from tetrascope.engine.plan import CostModel, Cursor, Planner
 from tetrascope.engine.setup import Setup, index_folder, open_data
 from tetrascope.engine.step import forward_backward
+from tetrascope.engine.step_schedule import step_schedules
 from tetrascope.engine.storage import from_rank_0
+from tetrascope.engine.trace.tracer import Tracer
 from tetrascope.errors import UserError
 from tetrascope.parallel.mesh import Mesh
-
-SAID = 10
-"""Skipped samples that are named on the terminal at once."""
+from tetrascope.parallel.pipeline.executor import connect
 
 
 @dataclass(frozen=True)
@@ -58,26 +57,6 @@ class StepStats:
     vision_imbalance: float = 1.0
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: its newest checkpoint, and whether it was interrupted before its last step."""
-
-    checkpoint: Path
-    interrupted: bool
-
-
-class Interrupts:
-    """Remembers Ctrl-C and SIGTERM, so that the step at hand can end first."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.seen = True
-
-
 def device_of_rank(choice: str) -> torch.device:
     """The device that `train.device` means on this rank. Raises UserError when it asks for a GPU there is not."""
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
@@ -97,10 +76,11 @@ class Trainer:
 
     Uses the default process group when there is one; otherwise makes it, from RANK, WORLD_SIZE, MASTER_ADDR and
     MASTER_PORT in the environment, as torchrun sets them. Reads the data set before it makes the process group, so
-    that what is wrong with it ends all ranks alike.
+    that what is wrong with it ends all ranks alike. after_save: see `Saver`.
+    trace: how many steps to record.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, after_save: Callable[[Path], None] | None = None, trace: int = 0) -> None:
         config = setup.config
         self.setup, self.config = setup, config
         torch.set_num_threads(config.train.threads)
@@ -112,11 +92,22 @@ class Trainer:
         if self._made_group:
             dist.init_process_group("gloo" if self.device.type == "cpu" else "nccl")
         self.mesh = Mesh(setup.layout, self.device.type)
+        connect(setup.pipeline.cut.placement, self.mesh)
         dtype = getattr(torch, config.train.dtype)
         self.model = StageModel(
-            setup.family, setup.model_config, self.mesh, config.parallel.split, setup.attention[1], dtype, setup.modules
+            setup.family,
+            setup.model_config,
+            self.mesh,
+            setup.pipeline.cut,
+            context_attention(setup.attention[1], self.mesh, dtype, config.kernels),
+            dtype,
+            setup.modules,
+            config.train.recompute,
+            config.train.loss_rows,
+            config.train.mlp_rows,
         )
         self.optimizer = build_optimizer(self.model, config.optimizer, self.device)
+        self.schedules = step_schedules(setup, self.planner.info)
         self.loader = Loader(
             self._sample_loader(),
             self.planner,
@@ -128,6 +119,7 @@ class Trainer:
             config.data.workers,
             config.data.prefetch,
             self._name_of,
+            lambda plan: self.schedules.of(plan, self.mesh.index("dp")),
         )
         self.skipped = SkipLog(
             config.output.dir / "skipped.jsonl" if self.mesh.rank == 0 else None,
@@ -136,8 +128,14 @@ class Trainer:
         )
         self.news: list[Skip] = []
         """What the last step, or the start, skipped that had not been skipped before."""
+        self.tracer = Tracer(
+            trace, config.output.dir / "trace", self.mesh, self.device, setup.pipeline.cut.vision_chunk
+        )
         self.step_number = 0
         self.cursor = Cursor()
+        self.saver = Saver(self.checkpoints, config.checkpoint, after_save)
+        self.checkpoint: Path | None = None
+        """The newest one that this run started from or is known to have saved."""
 
     def _sample_loader(self) -> Callable[[], Callable[[Task], Loaded]]:
         """What makes the function that reads samples: in this process from the data that is open here."""
@@ -162,14 +160,15 @@ class Trainer:
         Raises UserError when there are checkpoints but the run is not meant to go on, or when the ranks do not share
         the output folder or do not see the same data.
         """
-        newest = latest_checkpoint(self.checkpoints)
-        agreed = from_rank_0(newest.name if newest else None, self.config.output.dir, self.device)
-        found = agreed and self.checkpoints / agreed
-        if found and not resume:
+        self.saver.ranks.first(lambda: tidy(self.checkpoints))
+        present = list(checkpoints(self.checkpoints).values())
+        agreed = from_rank_0(present[-1].name if present else None, self.config.output.dir, self.device)
+        if agreed and not resume:
             raise UserError(
-                f"output.dir: {self.config.output.dir} already holds {found.name}; add --resume to go on from it, "
+                f"output.dir: {self.config.output.dir} already holds {agreed}; add --resume to go on from it, "
                 "or choose another output.dir"
             )
+        found, passed_over = self._find() if agreed else (None, "")
         self._check_data()
         if found:
             self.cursor = Cursor.from_json(read_state(found).get("cursor"), str(found))
@@ -180,9 +179,20 @@ class Trainer:
             self.model.load(source, self.optimizer)
             return f"starting from {'random weights' if self.config.model.init_from is None else source}"
         self.step_number, fresh = load_checkpoint(found, self.model, self.optimizer)
+        self.checkpoint = found
         note = f"; {len(fresh)} tensors newly trained: their moments and Adam's step count start at zero"
         changed = _changed_order(found, self.config, self._samples())
-        return f"going on from {found}, step {self.step_number}{note if fresh else ''}{changed}"
+        return f"going on from {found}, step {self.step_number}{passed_over}{note if fresh else ''}{changed}"
+
+    def _find(self) -> tuple[Path, str]:
+        """The newest whole checkpoint, and a note of those that were passed over. Raises UserError without one."""
+        found = newest_whole(self.checkpoints, self.saver.ranks)
+        why = "; ".join(found.passed_over)
+        if found.checkpoint is None:
+            raise UserError(
+                f"{self.checkpoints}: no checkpoint is whole: {why}; copy one again, or remove them to start anew"
+            )
+        return found.checkpoint, f"; passed over {why}" if why else ""
 
     def _check_data(self) -> None:
         """Raises UserError on all ranks when one of them would plan other steps than rank 0."""
@@ -216,20 +226,29 @@ class Trainer:
 
         Raises UserError when more samples than `data.max_bad_samples` were unreadable, or all of a step's.
         """
+        self.tracer.begin()
         began = time.monotonic()
         data = self.loader.get(self.step_number, stop)
         waited = time.monotonic() - began
+        self.tracer.mark()
         total_weight = data.plan.weight(self._drop_bad(data))
         if total_weight == 0:
             raise UserError(f"step {self.step_number + 1}: none of its samples could be read; see skipped.jsonl")
         self.optimizer.zero_grad()
-        loss = forward_backward(self.model, self.setup.schedule, data.batches, total_weight)
+        self.tracer.mark()
+        loss = forward_backward(self.model, data.schedule, data.batches, total_weight, self.tracer.recorder)
+        self.tracer.mark()
         norm = self.optimizer.reduce()
+        self.tracer.mark()
         lr = learning_rate(self.config.optimizer, self.step_number, self.config.train.steps)
         self.optimizer.step(lr, norm)
+        self.tracer.mark()
         dist.all_reduce(loss)
         self.step_number, self.cursor = self.step_number + 1, data.plan.after
-        return self._stats(data, loss.item(), norm.item(), lr, time.monotonic() - began, waited)
+        stats = self._stats(data, loss.item(), norm.item(), lr, time.monotonic() - began, waited)
+        dp = self.mesh.index("dp")
+        self.tracer.end(self.step_number, data.schedule, lambda: self.schedules.costs(data.plan, dp))
+        return stats
 
     def _drop_bad(self, data: StepData) -> frozenset[int]:
         """Agrees with all ranks on the draws that could not be read, takes their weight, returns their places."""
@@ -279,14 +298,24 @@ class Trainer:
             vision_imbalance=data.figures.ranks.vision,
         )
 
-    def save(self) -> Path:
-        """Writes a checkpoint of the steps taken so far."""
+    def save(self) -> Saved | None:
+        """Begins a checkpoint of the steps taken so far; see `Saver.save`."""
         state = {**self.setup.describe(), "cursor": self.cursor.to_json(), "samples": self._samples()}
-        return save_checkpoint(self.checkpoints, self.step_number, self.model, self.optimizer, state)
+        return self._seen(self.saver.save(self.step_number, self.model, self.optimizer, state))
+
+    def saved(self, last: bool = False) -> Saved | None:
+        """Waits for the checkpoint that was begun; see `Saver.collect`."""
+        return self._seen(self.saver.collect(last))
+
+    def _seen(self, outcome: Saved | None) -> Saved | None:
+        if outcome is not None and outcome.checkpoint is not None:
+            self.checkpoint = outcome.checkpoint
+        return outcome
 
     def close(self) -> None:
-        """Stops preparing data and leaves the process group, unless the caller made it."""
+        """Stops preparing data, lets a save end, and leaves the process group, unless the caller made it."""
         self.loader.close()
+        self.saver.close()
         if self._made_group:
             dist.destroy_process_group()
 
@@ -298,6 +327,8 @@ def _changed_order(checkpoint: Path, config: Config, samples: dict[str, int]) ->
     checkpoint's cursor.
     """
     state = read_state(checkpoint)
+    if "config" not in state:  # no run's checkpoint, but one converted from another format
+        return ""
     before = validated(Config, state["config"], str(checkpoint))
     old, new = _order(before, state.get("samples", samples)), _order(config, samples)
     keys = [*old, *(key for key in new if key not in old)]
@@ -316,79 +347,5 @@ def _order(config: Config, samples: dict[str, int]) -> dict[str, object]:
 
 def _take_weight(batch: MicroBatch, number: int) -> None:
     """Nothing of a document, by its number in the micro-batch, counts in the loss any more."""
-    offsets = batch.inputs.documents.offsets
-    batch.weights_T[offsets[number] : offsets[number + 1]] = 0
-
-
-def train(setup: Setup, resume: bool) -> Outcome:
-    """Trains to the configured number of steps, or to an interrupt, and leaves a checkpoint behind."""
-    trainer = Trainer(setup)
-    try:
-        return _run(trainer, resume)
-    finally:
-        trainer.close()
-
-
-def _run(trainer: Trainer, resume: bool) -> Outcome:
-    config, setup = trainer.config, trainer.setup
-    interrupts = Interrupts()
-    origin = trainer.start(resume)
-    steps = config.train.steps
-    active = dist.get_rank() == 0
-    checkpoint = latest_checkpoint(trainer.checkpoints)
-    with MetricsLog(config.output.dir, trainer.step_number, steps, active) as log:
-        log.say(
-            f"{setup.family.name} on {setup.layout}, {trainer.device.type}, {config.train.dtype}, "
-            f"attention: {setup.attention[0]}, {len(trainer.data)} samples; "
-            f"{summary(setup.family.weights(setup.model_config), setup.modules)}; {origin}"
-        )
-        _say_skipped(log, trainer)
-        while trainer.step_number < steps:
-            stats = trainer.step(steps)
-            step = trainer.step_number
-            last = step == steps
-            _say_skipped(log, trainer)
-            if step % config.train.log_every == 0 or last:
-                log.write(step, _log_values(stats))
-            stop = _agree(interrupts.seen, trainer.device)
-            if stop or last or step % config.train.save_every == 0:
-                checkpoint = trainer.save()
-                if stop and not last:
-                    log.say(f"interrupted: saved {checkpoint}; add --resume to the same command to go on")
-                    return Outcome(checkpoint, interrupted=True)
-        if checkpoint is None:
-            raise UserError(f"train.steps: {steps} leaves nothing to do")
-        log.say(f"done: {checkpoint}")
-    return Outcome(checkpoint, interrupted=False)
-
-
-def _say_skipped(log: MetricsLog, trainer: Trainer) -> None:
-    """Names what was skipped for the first time; of many at once, as many as can be read."""
-    for skip in trainer.news[:SAID]:
-        log.say(f"skipped, {len(trainer.skipped)} in all: {skip.reason}")
-    if len(trainer.news) > SAID:
-        log.say(f"… and {len(trainer.news) - SAID} more; all are in skipped.jsonl")
-
-
-def _agree(flag: bool, device: torch.device) -> bool:
-    """Whether any rank has the flag: all ranks must stop after the same step."""
-    total = torch.tensor(float(flag), device=device)
-    dist.all_reduce(total, op=dist.ReduceOp.MAX)
-    return bool(total.item())
-
-
-def _log_values(stats: StepStats) -> dict[str, float]:
-    return {
-        "loss": stats.loss,
-        "grad_norm": stats.grad_norm,
-        "lr": stats.lr,
-        "tokens": stats.tokens,
-        "images": stats.images,
-        "skipped_samples": stats.skipped,
-        "tokens_per_second": stats.tokens / stats.seconds,
-        "step_seconds": stats.seconds,
-        "data_wait_seconds": stats.data_wait,
-        "packing_efficiency": stats.packing,
-        "decoder_imbalance": stats.decoder_imbalance,
-        "vision_imbalance": stats.vision_imbalance,
-    }
+    rows, _ = batch.rows_of(number)
+    batch.weights_T[torch.from_numpy(rows).to(batch.weights_T.device)] = 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from tetrascope.models.layers.packed import Packed
-from tetrascope.models.media import Media
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class VisionInputs:
     positions: int64 `[K, N_all]`, what the encoder must know of every row, as the family defines it; here: int64
     `[K, N]`, the same for the rows in `patches`.
     frames, windows: lengths of the attention sequences in rows; their totals are N_all (windows: None without any).
-    media: the images and videos whose rows these are, in order.
+    features: those that the tokens are picked from. exchange: how they come from the ranks that computed them, for the
+    module that takes `Deliver`'s place; None without one.
     rows: int64 `[M]`, which of this rank's hidden rows are visual tokens.
     picks: int64 `[C, M]`, weights: float32 `[C, M]` or None: each of those rows is a weighted sum of C features.
     """
@@ -28,10 +29,11 @@ class VisionInputs:
     here_KN: Tensor
     frames: Packed
     windows: Packed | None
-    media: tuple[Media, ...]
+    features: int
     rows_M: Tensor
     picks_CM: Tensor
     weights_CM: Tensor | None
+    exchange: Any = None
 
 
 @dataclass(frozen=True)

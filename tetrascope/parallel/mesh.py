@@ -75,9 +75,13 @@ class Mesh:
         self.place = layout.coordinates(self.rank)
         self.device_mesh = init_device_mesh(device, layout.sizes, mesh_dim_names=AXES)
         self._data = self._split_by(("dp", "ring", "ulysses"))
-        # Activations and their gradients travel in opposite directions. A communicator runs its operations in the
-        # order they were posted, so that one group for both could wait for itself; two cannot.
-        self._backward = self._split_by(("pp",))
+        self._context = self._split_by(("ring", "ulysses"))
+        # A communicator runs its operations in the order in which they were posted. Two stages that have sent each
+        # other something and receive afterwards would wait for each other for ever; so activations and gradients, and
+        # each of them up and down the stages, have communicators of their own, in which one side only ever sends.
+        self._channels = {
+            (forward, rising): self._split_by(("pp",)) for forward in (True, False) for rising in (True, False)
+        }
         self._ends = self._group_of(
             [[layout.rank({**p, "pp": stage}) for stage in sorted({0, layout.pp - 1})] for p in self._others("pp")]
         )
@@ -120,9 +124,20 @@ class Mesh:
         return self._data
 
     @property
-    def pipeline_backward(self) -> dist.ProcessGroup:
-        """The pipeline axis once more, for the gradients' direction."""
-        return self._backward
+    def context(self) -> dist.ProcessGroup:
+        """The ranks that hold parts of one micro-batch: ring × ulysses."""
+        return self._context
+
+    def channel(self, forward: bool, rising: bool) -> dist.ProcessGroup:
+        """The pipeline axis for transfers of one kind: activations or their gradients, to later or to earlier stages.
+
+        Where every stage has one chunk of the model, activations rise and gradients fall; with several, both do both.
+        """
+        return self._channels[forward, rising]
+
+    def stage_rank(self, stage: int) -> int:
+        """The global rank of this rank's counterpart on another stage."""
+        return self.layout.rank({**self.place, "pp": stage})
 
     @property
     def pipeline_ends(self) -> dist.ProcessGroup:
@@ -136,7 +151,3 @@ class Mesh:
     @property
     def last_stage(self) -> bool:
         return self.index("pp") == self.layout.pp - 1
-
-    def neighbour(self, axis: str, step: int) -> int:
-        """The global rank `step` further along an axis."""
-        return self.layout.rank({**self.place, axis: self.index(axis) + step})

@@ -9,9 +9,10 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 _scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
-    """Fills `out` with every rank's `own`, in rank order along dimension 0."""
-    _gather(out, own, group=group)
+def all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
+    """Fills `out` with every rank's `own`, in rank order along dimension 0. async_op: returns what to wait for."""
+    work: dist.Work | None = _gather(out, own, group=group, async_op=async_op)
+    return work
 
 
 def reduce_scatter(out: Tensor, whole: Tensor, group: dist.ProcessGroup) -> None:

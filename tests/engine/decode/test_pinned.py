@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from tetrascope.models.layers.packed import Packed
 
 def batch(weights: Tensor | None = None) -> MicroBatch:
     t = torch.arange(6)
-    vision = VisionInputs(t.float(), t[None], t[None, :3], Packed((6,)), None, (), t, t[None], weights)
-    return MicroBatch(Inputs(t + 1, t[None], Packed((6,)), vision), t + 2, t.float())
+    vision = VisionInputs(t.float(), t[None], t[None, :3], Packed((6,)), None, 6, t, t[None], weights)
+    return MicroBatch(Inputs(t + 1, t[None], Packed((6,)), vision), t + 2, t.float(), np.arange(6), (6,))
 
 
 def test_on_the_cpu_it_is_the_same_object() -> None:
@@ -55,9 +56,10 @@ def test_on_a_gpu_every_tensor_is_pinned_and_copied_without_waiting(monkeypatch:
     assert len(calls) == 10 and set(calls) == {Call(True, device, True)}
     vision, old = after.inputs.vision, before.inputs.vision
     assert vision is not None and old is not None
-    assert vision.frames == old.frames and vision.windows is None and vision.media == ()
+    assert vision.frames == old.frames and vision.windows is None and vision.features == 6
     for a, b in [(after.labels_T, before.labels_T), (vision.here_KN, old.here_KN), (vision.patches_NP, old.patches_NP)]:
         assert a is not b and torch.equal(a, b)
     calls.clear()
-    text = pinned(MicroBatch(Inputs(old.rows_M, old.picks_CM, Packed((6,)), None), old.rows_M, old.rows_M), device)
+    inputs = Inputs(old.rows_M, old.picks_CM, Packed((6,)), None)
+    text = pinned(MicroBatch(inputs, old.rows_M, old.rows_M, np.arange(6), (6,)), device)
     assert text.inputs.vision is None and len(calls) == 4

@@ -70,7 +70,7 @@ def test_names_and_what_they_mean(shape: ViTShape, make: Any) -> None:
     places = torch.arange(shape.rows).repeat(2)[None]
     none = torch.empty(0, dtype=torch.int64)
     frames = Packed((shape.rows,) * 2)
-    out = ours(VisionInputs(rows.flatten(0, 1), places, places, frames, None, (), none, none[None], None))
+    out = ours(VisionInputs(rows.flatten(0, 1), places, places, frames, None, 0, none, none[None], None))
     states = theirs(torch.from_numpy(pixels), output_hidden_states=True).hidden_states
     expected = states[shape.used].flatten(0, 1)
     assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()

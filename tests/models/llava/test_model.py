@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tetrascope.engine.data.collate import Document, collate
+from tetrascope.engine.data.collate import collate
+from tetrascope.engine.data.document import Document
 from tetrascope.models.family import Stage
 from tetrascope.models.inputs import Inputs
 from tetrascope.models.layers.attention import KERNELS

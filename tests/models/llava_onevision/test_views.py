@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from tetrascope.errors import UserError
 from tetrascope.models.inputs import VisionInputs
+from tetrascope.models.layers.deliver import Deliver
 from tetrascope.models.layers.packed import Packed
 from tetrascope.models.layers.vlm import pick_features
 from tetrascope.models.llava_onevision import FAMILY
@@ -40,12 +41,12 @@ def assembled(media: list[Media], features_FH: Tensor, newline_H: Tensor) -> Ten
         here_KN=plan.positions_KN,
         frames=Packed((len(features_FH),)),
         windows=None,
-        media=tuple(media),
+        features=sum(one.features for one in media),
         rows_M=torch.arange(tokens),
         picks_CM=plan.picks_CV,
         weights_CM=plan.weights_CV,
     )
-    return pick_features(features_FH, inputs, newline_H)
+    return pick_features(Deliver()([features_FH], inputs)[0], inputs, newline_H)
 
 
 def expected_image(one: Media, features_FH: Tensor, newline_H: Tensor, tolerance: float = 1e-7) -> Tensor:

@@ -17,14 +17,15 @@ import torch
 from transformers import Qwen3VLConfig as HFConfig
 from transformers import Qwen3VLForConditionalGeneration
 
-from tetrascope.engine.build import check_layout, stage_layers
-from tetrascope.engine.config import validated
+from tetrascope.engine.config import OptimizerSection, ParallelSection, validated
+from tetrascope.engine.modules import family_modules
+from tetrascope.engine.pipeline import Workload, make_pipeline
 from tetrascope.errors import UserError
 from tetrascope.models.family import family_of
 from tetrascope.models.qwen3_vl import FAMILY
 from tetrascope.models.qwen3_vl.config import Qwen3VLConfig
 from tetrascope.models.weights import logical_tensors
-from tetrascope.parallel.mesh import Layout
+from tetrascope.parallel.pipeline.cut import Cut
 from tetrascope.tools.verify.families.qwen3_vl import tiny_config
 
 HUB_4B: dict[str, Any] = {
@@ -194,25 +195,32 @@ def test_a_configuration_of_a_run() -> None:
     assert validated(FAMILY.config_class, raw, "model.config") == tiny_config()
 
 
+def cut_of(config: Any, **parallel: Any) -> Cut:
+    modules = family_modules(FAMILY, config, OptimizerSection(lr=1))
+    return make_pipeline(FAMILY, config, ParallelSection(**parallel), modules, Workload(2)).cut
+
+
 def test_deepstack_layers_stay_on_the_first_stage() -> None:
     config = FAMILY.presets["32b"]()
     assert FAMILY.first_layers(config) == 3
     for pp in (1, 2, 4, 16, 60, 62):
-        layers = stage_layers(FAMILY, config, Layout(pp=pp))
-        assert len(layers) == pp and len(layers[0]) >= 3 and sum(map(len, layers)) == 64
+        counts = cut_of(config, pp=pp).counts
+        assert len(counts) == pp and counts[0] >= 3 and sum(counts) == 64
+    folded = cut_of(config, pp=4, schedule="zb-v", vision_chunk=True)
+    assert len(folded.counts) == 8 and folded.counts[0] >= 3 and sum(folded.counts) == 64
     tiny = tiny_config()
-    check_layout(FAMILY, tiny, Layout(pp=4))
-    check_layout(FAMILY, tiny, Layout(pp=2), [2, 3])
-    with pytest.raises(UserError, match=r"parallel\.pp: 5 stages need at least 6 .* must hold 2; lower .* to 4 or"):
-        check_layout(FAMILY, tiny, Layout(pp=5))
-    with pytest.raises(UserError, match=r"parallel\.split: \[1, 4\] gives the first stage 1 layers, .* at least 2"):
-        check_layout(FAMILY, tiny, Layout(pp=2), [1, 4])
+    cut_of(tiny, pp=4)
+    cut_of(tiny, pp=2, split=[2, 3])
+    with pytest.raises(UserError, match=r"parallel\.pp: 5 chunks .* need at least 6 .* must hold 2; lower .* to 4 or"):
+        cut_of(tiny, pp=5)
+    with pytest.raises(UserError, match=r"parallel\.split: \[1, 4\] gives the first chunk 1 layers, .* at least 2"):
+        cut_of(tiny, pp=2, split=[1, 4])
 
 
 def test_without_deepstack_the_first_stage_needs_one_layer() -> None:
     good = tiny_config()
     plain = dataclasses.replace(good, vision=dataclasses.replace(good.vision, deepstack=()))
-    check_layout(FAMILY, plain, Layout(pp=5))
+    assert cut_of(plain, pp=5).counts == (1, 1, 1, 1, 1)
 
 
 def test_costs_count_every_merger() -> None:

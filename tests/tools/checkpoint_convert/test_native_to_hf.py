@@ -35,7 +35,7 @@ from tetrascope.models.weights import (
     whole,
 )
 from tetrascope.parallel.mesh import Layout
-from tetrascope.tools.checkpoint_convert import native_to_hf as module
+from tetrascope.tools.checkpoint_convert import hf_write, native
 from tetrascope.tools.checkpoint_convert.native_to_hf import native_to_hf
 from tetrascope.tools.verify.families.qwen2_vl import make_case, name_on_disk, oracle
 from tetrascope.tools.verify.pool import RankFailure, WorkerPool
@@ -65,7 +65,7 @@ def write_hf(folder: Path, tied: bool, dtype: torch.dtype, layout: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def native(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+def checkpoints(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """Native checkpoints of the untied case, read in the hub layout by four ranks, and of the tied one, by one."""
     found = {}
     for tied, source, world, layout in ((False, "hub", 4, Layout(tp=2, pp=2)), (True, "in-memory", 1, Layout())):
@@ -101,10 +101,10 @@ def logits(folder: Path, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("layout", ["hub", "in-memory"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_written_tensors_and_what_transformers_makes_of_them(
-    native: dict[bool, Path], tied: bool, layout: str, dtype: str, tmp_path: Path
+    checkpoints: dict[bool, Path], tied: bool, layout: str, dtype: str, tmp_path: Path
 ) -> None:
     torch_dtype = getattr(torch, dtype)
-    native_to_hf(native[tied], tmp_path / "out", dtype, layout=layout)
+    native_to_hf(checkpoints[tied], tmp_path / "out", dtype, layout=layout)
     assert_same(load_file(tmp_path / "out" / "model.safetensors"), expected(tied, torch_dtype, layout))
     theirs = write_hf(tmp_path / "theirs", tied, torch_dtype, "hub")
     assert torch.equal(logits(tmp_path / "out", torch_dtype), logits(theirs, torch_dtype))
@@ -161,7 +161,7 @@ MORE_LAYOUTS = {
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("layout", ["fused", "parts", "fused parts"])
 def test_layouts_that_fuse_tensors_or_keep_parts_apart(
-    native: dict[bool, Path],
+    checkpoints: dict[bool, Path],
     layout: str,
     tied: bool,
     bytes_a_file: int,
@@ -169,10 +169,10 @@ def test_layouts_that_fuse_tensors_or_keep_parts_apart(
     tmp_path: Path,
 ) -> None:
     """Written and read again, since no other program knows them; the fused order has a test of its own."""
-    monkeypatch.setattr(module, "get_family", lambda name: replace(FAMILY, layouts=MORE_LAYOUTS))
-    monkeypatch.setattr(module, "FILE_BYTES", bytes_a_file)
+    monkeypatch.setattr(native, "get_family", lambda name: replace(FAMILY, layouts=MORE_LAYOUTS))
+    monkeypatch.setattr(hf_write, "FILE_BYTES", bytes_a_file)
     out, config = tmp_path / "out", CASES[tied].config
-    native_to_hf(native[tied], out, "float32", layout=layout)
+    native_to_hf(checkpoints[tied], out, "float32", layout=layout)
     if "parts" in layout:
         assert json.loads((out / "config.json").read_text()) == {"model_type": "parts"}
         assert json.loads((out / "llm" / "config.json").read_text())["model_type"] == "qwen2_vl_text"
@@ -188,24 +188,26 @@ def test_layouts_that_fuse_tensors_or_keep_parts_apart(
 
 
 def test_a_layout_that_the_family_does_not_have(
-    native: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoints: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr("sys.argv", ["tetrascope", "convert", str(native[True]), str(out), "--layout", "vila"])
+    monkeypatch.setattr("sys.argv", ["tetrascope", "convert", str(checkpoints[True]), str(out), "--layout", "vila"])
     assert main() == 2
     assert "--layout: qwen2_vl has no layout 'vila'; choose one of hub, in-memory" in capsys.readouterr().err
     assert not out.exists()
-    monkeypatch.setattr("sys.argv", ["tetrascope", "convert", str(native[True]), str(out), "--layout", "in-memory"])
+    monkeypatch.setattr(
+        "sys.argv", ["tetrascope", "convert", str(checkpoints[True]), str(out), "--layout", "in-memory"]
+    )
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code
     assert "model.visual.merger.ln_q.weight" in load_file(out / "model.safetensors")
 
 
-def test_a_damaged_checkpoint_is_named(native: dict[bool, Path], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named(checkpoints: dict[bool, Path], tmp_path: Path) -> None:
     damaged = tmp_path / "step-000000"
     damaged.mkdir()
-    for path in native[True].iterdir():
+    for path in checkpoints[True].iterdir():
         content = path.read_bytes()
         (damaged / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".distcp" else content)
     with pytest.raises(UserError, match=r"step-000000: damaged \(.*\); convert another checkpoint"):

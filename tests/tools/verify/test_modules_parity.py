@@ -22,6 +22,7 @@ from tetrascope.parallel.mesh import Layout
 from tetrascope.tools.verify.case import Case, Numbers
 from tetrascope.tools.verify.certificate import GRADIENT_BOUND, LOSS_BOUND, WEIGHT_BOUND
 from tetrascope.tools.verify.families import get_oracle
+from tetrascope.tools.verify.layouts import Row
 from tetrascope.tools.verify.pool import WorkerPool
 from tetrascope.tools.verify.run import compare, global_batches, planner, relative_losses, run_layout
 
@@ -99,7 +100,7 @@ def test_the_oracle_keeps_what_is_frozen_and_moves_the_rest(name: str) -> None:
 def test_layout_equals_one_process(pool: WorkerPool, name: str, layout: Layout, micro_batches: int) -> None:
     """Bounds: certificate.py. What is frozen must stay bit for bit, on every rank."""
     case, expected = _reference(name)
-    ranks = pool.run(run_layout, case, layout, micro_batches, "1f1b", world=layout.world)
+    ranks = pool.run(run_layout, case, Row(layout, micro_batches, "1f1b"), world=layout.world)
     gradients = compare([shard for rank in ranks for shard in rank.gradients], expected.gradients)
     weights = compare([shard for rank in ranks for shard in rank.weights], expected.weights, case.weights)
     assert max(gradients.values()) <= GRADIENT_BOUND, max(gradients, key=gradients.__getitem__)

@@ -1,4 +1,4 @@
-"""From samples to the tensors of a packed micro-batch, as one tensor-parallel rank sees them.
+"""From samples to the tensors of a packed micro-batch, as one rank sees them.
 
 Everything is computed on the whole micro-batch first and cut afterwards: labels are shifted inside each document
 before any padding, positions never depend on the cut.
@@ -8,40 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tetrascope.engine.data.document import ALONE, ContextPlace, Document
+from tetrascope.engine.data.vision import Place, vision_inputs
 from tetrascope.models.family import Family
-from tetrascope.models.inputs import Inputs, VisionInputs
+from tetrascope.models.inputs import Inputs
 from tetrascope.models.layers.packed import Packed
-from tetrascope.models.media import Media
-from tetrascope.parallel.tensor.placement import share
+from tetrascope.parallel.context.attention import AttentionPlan
+from tetrascope.parallel.context.tokens import shard_tokens
 
 
 @dataclass(frozen=True)
-class Document:
-    """A sample ready to be packed. patches: rows float32 `[n, P]` of all its images, None where this rank encodes
-    none of them."""
+class SharedPack(Packed):
+    """A rank's rows of a pack that context parallelism divides: `lengths` is their number; `context` says which
+    documents they are of."""
 
-    ids_T: np.ndarray
-    positions_AT: np.ndarray
-    weights_T: np.ndarray
-    """float32 `[T]`: loss weight of each token as a target (0 = not supervised)."""
-    media: tuple[Media, ...]
-    patches: np.ndarray | None
+    context: AttentionPlan
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Inputs of the model, and for each row the token that follows it and the weight of predicting it."""
+    """Inputs of the model, and for each row the token that follows it and the weight of predicting it.
+
+    order_T: int64 `[T]`, the row of the whole pack that each of this rank's rows is. lengths: of all documents.
+    """
 
     inputs: Inputs
     labels_T: Tensor
     weights_T: Tensor
+    order_T: np.ndarray
+    lengths: tuple[int, ...]
+
+    def rows_of(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's rows of a document, by its number in the micro-batch, and which of its tokens they are."""
+        start = sum(self.lengths[:number])
+        rows = np.flatnonzero((self.order_T >= start) & (self.order_T < start + self.lengths[number]))
+        return rows, self.order_T[rows] - start
 
 
 def collate(
@@ -53,13 +60,14 @@ def collate(
     tp_rank: int,
     encode: bool,
     device: torch.device,
+    context: ContextPlace = ALONE,
 ) -> MicroBatch:
     """Packs documents into `rows` token rows (padding goes into a document of its own, weight zero).
 
     encode: whether this rank runs the vision encoder; then its share of the patch rows and of the visual tokens is
-    prepared too. rows must divide by tp.
+    prepared too. rows must divide by tp and by the context-parallel ranks, of which each gets a part of the rows.
     """
-    lengths = [len(d.ids_T) for d in documents]
+    lengths = tuple(len(d.ids_T) for d in documents)
     total = sum(lengths)
     pad = rows - total
     ids = np.concatenate([*(d.ids_T for d in documents), np.full(pad, config.pad_token_id, dtype=np.int64)])
@@ -67,70 +75,28 @@ def collate(
     positions = np.concatenate([*(d.positions_AT for d in documents), np.zeros((axes, pad), dtype=np.int64)], axis=1)
     labels = np.concatenate([*(_next(d.ids_T) for d in documents), np.zeros(pad, dtype=np.int64)])
     weights = np.concatenate([*(_next(d.weights_T) for d in documents), np.zeros(pad, dtype=np.float32)])
+    # What the features replace is looked for in the documents alone: a pad row must never count as visual.
+    visual = np.flatnonzero(np.isin(ids[:total], family.visual_ids(config)))
+    order, packed = np.arange(rows), Packed((*lengths, pad) if pad else lengths)
+    sharding = None
+    if context.ranks > 1:
+        sharding = shard_tokens(lengths, context.ring, context.ulysses, tp, rows)
+        order = sharding.rows_of(context.rank)
+        packed = SharedPack((len(order),), AttentionPlan(sharding, context.ring_rank))
+        ids, positions, labels, weights = ids[order], positions[:, order], labels[order], weights[order]
     vision = None
     if encode and any(d.media for d in documents):
-        # What the features replace is looked for in the documents alone: a pad row must never count as visual.
-        visual = np.flatnonzero(np.isin(ids[:total], family.visual_ids(config)))
-        vision = _vision(documents, family, config, visual, rows, tp, tp_rank, device)
+        where = Place(tp, tp_rank, context, sharding)
+        vision = vision_inputs(documents, family, config, visual, rows, where, device)
     inputs = Inputs(
         token_ids_T=torch.from_numpy(ids).to(device),
         positions_AT=torch.from_numpy(positions).to(device),
-        documents=Packed((*lengths, pad) if pad else tuple(lengths)),
+        documents=packed,
         vision=vision,
     )
-    return MicroBatch(inputs, torch.from_numpy(labels).to(device), torch.from_numpy(weights).to(device))
-
-
-def encoded_here(patches: Sequence[int], family: Family, config: Any, tp: int, tp_rank: int) -> list[bool]:
-    """For documents with so many patch rows each, in their order in a micro-batch: whether some are this rank's."""
-    _, own = _share(sum(patches), family, config, tp)
-    first, last = tp_rank * own, (tp_rank + 1) * own
-    return [n > 0 and end - n < last and end > first for n, end in zip(patches, accumulate(patches), strict=True)]
-
-
-def _share(rows: int, family: Family, config: Any, tp: int) -> tuple[int, int]:
-    """Padding of a micro-batch's patch rows, and the rows of each tensor-parallel rank: whole row blocks."""
-    pad = -rows % (family.row_block(config) * tp)
-    return pad, (rows + pad) // tp
+    return MicroBatch(inputs, torch.from_numpy(labels).to(device), torch.from_numpy(weights).to(device), order, lengths)
 
 
 def _next(x_T: np.ndarray) -> np.ndarray:
     """Shifts a document by one: row i gets what belongs to token i+1, the last row zero."""
     return np.concatenate([x_T[1:], np.zeros(1, dtype=x_T.dtype)])
-
-
-def _vision(
-    documents: Sequence[Document],
-    family: Family,
-    config: Any,
-    visual_rows: np.ndarray,
-    rows: int,
-    tp: int,
-    tp_rank: int,
-    device: torch.device,
-) -> VisionInputs:
-    """This rank's contiguous share of the patch rows, padded so that every rank has as many whole row blocks."""
-    media = tuple(one for d in documents for one in d.media)
-    layout = family.vision_layout(config, media)
-    frames = tuple(n for one in media for n in one.frames)
-    windows = tuple(n for one in media for n in one.windows)
-    pad, own = _share(sum(frames), family, config, tp)
-    here = slice(tp_rank * own, (tp_rank + 1) * own)
-    blank = np.zeros((sum(frames) + pad, config.vision.patch_width), dtype=np.float32)
-    sizes = [sum(one.patches for one in d.media) for d in documents]
-    patches = [blank[:n] if d.patches is None else d.patches for d, n in zip(documents, sizes, strict=True) if n]
-    padded = np.concatenate([*patches, blank[:pad]])
-    positions_KN = torch.nn.functional.pad(layout.positions_KN, (0, pad)).to(device)
-    mine = share(rows, tp, tp_rank)
-    chosen = np.flatnonzero((visual_rows >= mine.start) & (visual_rows < mine.stop))
-    return VisionInputs(
-        patches_NP=torch.from_numpy(np.ascontiguousarray(padded[here])).to(device),
-        positions_KN=positions_KN,
-        here_KN=positions_KN[:, here],
-        frames=Packed((*frames, pad) if pad else frames),
-        windows=Packed((*windows, pad) if pad else windows) if windows else None,
-        media=media,
-        rows_M=torch.from_numpy(visual_rows[chosen] - mine.start).to(device),
-        picks_CM=layout.picks_CV[:, chosen].to(device),
-        weights_CM=None if layout.weights_CV is None else layout.weights_CV[:, chosen].to(device),
-    )

@@ -11,32 +11,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from tetrascope.engine.data.collate import Document, MicroBatch, collate, encoded_here
+from tetrascope.engine.data.collate import MicroBatch, collate
 from tetrascope.engine.data.decode.pinned import pinned
 from tetrascope.engine.data.decode.workers import DataWorkers
+from tetrascope.engine.data.document import ContextPlace, Document
 from tetrascope.engine.data.samples import Loaded, Task
+from tetrascope.engine.data.vision import encoded_here
 from tetrascope.engine.plan import Figures, MicroBatchPlan, Planner, StepPlan, figures
 from tetrascope.models.family import Family
 from tetrascope.parallel.mesh import Mesh
+from tetrascope.parallel.pipeline.actions import Schedule
 
 
 @dataclass(frozen=True)
 class StepData:
-    """A step's plan and how good it is, this rank's micro-batches, and what was wrong (kind, reason) with draws that
-    could not be read here, by their place."""
+    """A step's plan and how good it is, this rank's micro-batches, what was wrong (kind, reason) with draws that could
+    not be read here, by their place, and the pipeline's schedule."""
 
     plan: StepPlan
     figures: Figures
     batches: list[MicroBatch]
     failures: dict[int, tuple[str, str]]
+    schedule: Schedule
 
 
 class Loader:
     """Builds `StepData` for consecutive steps, up to `ahead` of them before they are asked for, in a background thread.
 
     make: gives the function that reads a sample, in each of `workers` processes, or here when there are none. name: of
-    a task, in messages. A rank decodes only samples that it encodes some of. One that cannot be read keeps its place,
-    so that no shape changes on any rank, with blank contents; the trainer takes its weight away on all ranks.
+    a task, in messages. schedules: the pipeline's schedule of a planned step. A rank decodes only samples that it
+    encodes some of. One that cannot be read keeps its place, so that no shape changes on any rank, with blank contents;
+    the trainer takes its weight away on all ranks.
     """
 
     def __init__(
@@ -51,8 +56,10 @@ class Loader:
         workers: int = 0,
         ahead: int = 1,
         name: Callable[[Task], str] = str,
+        schedules: Callable[[StepPlan], Schedule] | None = None,
     ) -> None:
-        self._planner, self._family, self._config = planner, family, config
+        self._planner, self._family, self._config, self._schedules = planner, family, config, schedules
+        self._context = ContextPlace.of(mesh)
         self._mesh, self._device, self._seed, self._ahead = mesh, device, seed, ahead
         self._workers: DataWorkers[Task, Loaded] = DataWorkers(make, workers, name)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
@@ -98,15 +105,17 @@ class Loader:
                 self._mesh.index("tp"),
                 self._mesh.first_stage,
                 torch.device("cpu"),
+                self._context,
             )
             batches.append(pinned(batch, self._device))
-        return StepData(plan, figures(self._planner, plan), batches, failures)
+        schedule = () if self._schedules is None else self._schedules(plan)
+        return StepData(plan, figures(self._planner, plan), batches, failures, schedule)
 
     def _tasks(self, plan: StepPlan, micro: MicroBatchPlan) -> list[tuple[int, Task]]:
         """What to read of a micro-batch, by place: pixels only where some of the patch rows are this rank's."""
         mesh, draws = self._mesh, [plan.draws[place] for place in micro.samples]
-        patches = [self._planner.info(draw).patches for draw in draws]
-        here = encoded_here(patches, self._family, self._config, mesh.size("tp"), mesh.index("tp"))
+        media = [self._planner.info(draw).media for draw in draws]
+        here = encoded_here(media, self._family, self._config, mesh.size("tp"), mesh.index("tp"), self._context)
         tasks = [Task(d.source, d.sample, mesh.first_stage and h) for d, h in zip(draws, here, strict=True)]
         return list(zip(micro.samples, tasks, strict=True))
 

@@ -206,8 +206,9 @@ class Planner:
         )
 
     def _rows(self, tokens: int) -> int:
-        """Token rows padded to what sequence parallelism divides."""
-        return -(-tokens // self.layout.tp) * self.layout.tp
+        """Token rows padded to what context and sequence parallelism divide."""
+        unit = self.layout.ring * self.layout.ulysses * self.layout.tp
+        return -(-tokens // unit) * unit
 
     def _check_samples(self) -> None:
         samples, bins = self.batch.samples or 0, self.layout.dp * self._per_rank

@@ -14,6 +14,7 @@ from tetrascope.models.family import Stage
 from tetrascope.models.inputs import Inputs, VisionInputs
 from tetrascope.models.layers.attention import AttentionFn
 from tetrascope.models.layers.decoder import DecoderLayer, DecoderShape
+from tetrascope.models.layers.deliver import Deliver
 from tetrascope.models.layers.norm import RMSNorm
 from tetrascope.models.layers.rotary import RotaryTables, linear_tables
 
@@ -24,9 +25,7 @@ def pick_features(features_FH: Tensor, vision: VisionInputs, newline_H: Tensor |
     newline: a learned vector that follows the features, where the family has one. Weighted sums are taken in fp32.
     """
     if newline_H is not None:
-        # Under tensor parallelism the rows end with padding, which gives features that belong to no image.
-        real = sum(one.features for one in vision.media)
-        features_FH = torch.cat((features_FH[:real], newline_H[None]))
+        features_FH = torch.cat((features_FH, newline_H[None]))
     if vision.weights_CM is None:
         return features_FH.index_select(0, vision.picks_CM[0])
     chosen_CMH = features_FH[vision.picks_CM].float()
@@ -54,6 +53,7 @@ class VisionLanguageModel(nn.Module):
         self.shape = shape
         self.vision = vision() if stage.first else None
         self.adaptor = adaptor() if stage.first else None
+        self.deliver = Deliver() if stage.first else None
         self.embed = nn.Embedding(shape.vocab, shape.hidden) if stage.first else None
         self.layers = nn.ModuleDict({str(i): DecoderLayer(shape, attend) for i in stage.layers})
         self.norm = RMSNorm(shape.hidden, shape.rms_eps) if stage.last else None
@@ -67,23 +67,27 @@ class VisionLanguageModel(nn.Module):
 
     def visual_tokens(self, inputs: VisionInputs) -> list[Tensor]:
         """Images to visual tokens `[M, H]`; further tensors belong after decoder layers 0, 1, …"""
-        if self.vision is None or self.adaptor is None:
+        if self.vision is None or self.adaptor is None or self.deliver is None:
             raise ValueError("only the first stage encodes images")
         features = self.adaptor(self.vision(inputs))
         several: Sequence[Tensor] = (features,) if isinstance(features, Tensor) else features
         newline = getattr(self.adaptor, "newline", None)
-        return [pick_features(features_FH, inputs, newline) for features_FH in several]
+        delivered = self.deliver(several, inputs)
+        return [pick_features(features_FH, inputs, newline) for features_FH in delivered]
 
-    def forward(self, inputs: Inputs, hidden_TH: Tensor | None = None) -> Tensor:
+    def forward(
+        self, inputs: Inputs, hidden_TH: Tensor | None = None, visual: Sequence[Tensor] | None = None
+    ) -> Tensor:
         """Logits `[T, V]` on the last stage, hidden states `[T, H]` on the others.
 
-        `hidden_TH`: what the previous stage returned; not used by the first stage.
+        `hidden_TH`: what the previous stage returned; not used by the first stage. `visual`: what `visual_tokens` gave,
+        where it was called before.
         """
         later: list[Tensor] = []
         if self.embed is not None:
             hidden_TH = self.embed(inputs.token_ids_T)
             if inputs.vision is not None:
-                tokens_MH, *later = self.visual_tokens(inputs.vision)
+                tokens_MH, *later = self.visual_tokens(inputs.vision) if visual is None else visual
                 if len(later) > len(self.layers):
                     raise ValueError(f"{len(later)} features follow the first layers, {len(self.layers)} are here")
                 hidden_TH = hidden_TH.index_copy(0, inputs.vision.rows_M, tokens_MH)

@@ -4,8 +4,7 @@ A schedule is a list of actions per stage, printable and comparable: `F0 F1 B0 F
 in it; they follow from the order.
 
 The model is cut into chunks, numbered from input to output over all stages. Which stage holds a chunk is where its
-actions stand: with one chunk a stage, chunk s is stage s; interleaved on p stages, stage s holds chunks s, p + s, ...;
-folded into a V, chunks s and 2p − 1 − s.
+actions stand (see placement.py). The first chunks may have no backward: nothing in them is trained.
 """
 
 from __future__ import annotations
@@ -79,6 +78,12 @@ def _action(word: str, stage: int) -> Action:
     return Action(Kind(kind), int(micro_batch), stage if chunk is None else int(chunk))
 
 
+def placement_of(schedule: Schedule) -> tuple[int, ...]:
+    """The stage of every chunk, of a complete schedule."""
+    stage_of = {action.chunk: stage for stage, actions in enumerate(schedule) for action in actions}
+    return tuple(stage_of[chunk] for chunk in sorted(stage_of))
+
+
 def difference(left: Schedule, right: Schedule) -> str:
     """A line for each stage on which two schedules part, at the first action that is not the same; empty if none."""
     lines = []
@@ -110,8 +115,8 @@ class Graph:
             return (Action(Kind.BACKWARD_INPUT, m, chunk),)
         if action.kind is Kind.FORWARD:
             return (Action(Kind.FORWARD, m, chunk - 1),) if chunk else ()
-        forward = Action(Kind.FORWARD, m, chunk)
-        return (forward, self._gradient_of(m, chunk + 1)) if chunk < self.chunks - 1 else (forward,)
+        gradient = self._gradient_of(m, chunk + 1)
+        return (Action(Kind.FORWARD, m, chunk), *((gradient,) if gradient else ()))
 
     def feeds(self, action: Action) -> Action | None:
         """The action of the neighbouring chunk that takes this one's output; None if there is none."""
@@ -120,14 +125,20 @@ class Graph:
             return None
         if action.kind is Kind.FORWARD:
             return Action(Kind.FORWARD, m, chunk + 1) if chunk < self.chunks - 1 else None
-        return self._gradient_of(m, chunk - 1) if chunk else None
+        return self._gradient_of(m, chunk - 1)
+
+    def has_backward(self, chunk: int) -> bool:
+        """Whether gradients are computed in a chunk; not so where it and all before it are frozen."""
+        return self._gradient_of(0, chunk) is not None
 
     def travels(self, action: Action) -> bool:
         """Whether this one's output goes to another stage."""
         target = self.feeds(action)
         return target is not None and self.place[target][0] != self.place[action][0]
 
-    def _gradient_of(self, micro_batch: int, chunk: int) -> Action:
-        """The action that gives the gradient of this chunk's input."""
-        full = Action(Kind.BACKWARD, micro_batch, chunk)
-        return full if full in self.place else Action(Kind.BACKWARD_INPUT, micro_batch, chunk)
+    def _gradient_of(self, micro_batch: int, chunk: int) -> Action | None:
+        """The action that gives the gradient of this chunk's input; None if none does."""
+        for kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
+            if (action := Action(kind, micro_batch, chunk)) in self.place:
+                return action
+        return None

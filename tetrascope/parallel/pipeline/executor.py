@@ -1,51 +1,86 @@
 """Runs this stage's part of any valid schedule.
 
-Shapes come from the caller, who has them from the step plan: nothing is negotiated between the stages.
+Shapes come from the caller, who has them from the step plan: nothing is negotiated between the stages. A receive is
+posted before it is needed, one ahead on every channel, and a send is not waited for, so that transfers run beside the
+computation. A channel is what one stage sends another in one direction through the model; transfers carry no names,
+the validator has proven that they come in the order in which they are wanted.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tetrascope.parallel.mesh import Mesh
-from tetrascope.parallel.pipeline.actions import Action, Kind
+from tetrascope.parallel.pipeline.actions import Kind, Schedule
+from tetrascope.parallel.pipeline.placement import Placement
+from tetrascope.parallel.pipeline.program import Instruction, program
+from tetrascope.parallel.pipeline.recorder import Recorder
+from tetrascope.parallel.tensor.linear import WeightGradient, put_off, split_backward
 
-Forward = Callable[[int, Tensor | None], Tensor]
-"""Micro-batch number and the previous stage's output (None on the first stage) -> this stage's output.
+Payload = tuple[Tensor, ...]
+"""What a chunk gives the next one: any tensors where both are on one stage, one of known shape where they are not."""
 
-The output of the last stage is the micro-batch's share of the loss, a scalar.
+Compute = Callable[[int, int, Payload], tuple[Payload, Tensor | None]]
+"""(chunk, micro-batch, what the chunk before gave) -> what the next chunk gets, and a loss born here, a scalar.
+
+The last chunk gives an empty payload and the micro-batch's share of the loss. Any other chunk may have a loss too,
+such as one that balances the load of experts; None where it has none.
 """
+
+_Place = tuple[int, int]  # micro-batch, chunk
+_Channel = tuple[bool, int]  # forward?, the other stage
 
 
 class _Link:
-    """Point-to-point transfers with the neighbouring stages: activations forward, their gradients backward."""
+    """Point-to-point transfers with other stages."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
+    def __init__(
+        self, instructions: Sequence[Instruction], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, mesh: Mesh
+    ) -> None:
+        self._mesh, self._shapes, self._dtype = mesh, shapes, dtype
+        self._stage = mesh.index("pp")
+        self._wanted: dict[_Channel, deque[int]] = defaultdict(deque)
+        for one in instructions:
+            if one.source is not None and one.source != self._stage:
+                self._wanted[one.forward, one.source].append(one.action.micro_batch)
+        self._posted: dict[_Channel, tuple[dist.Work | None, Tensor]] = {}
         self._in_flight: list[tuple[dist.Work, Tensor]] = []
+        for channel in self._wanted:
+            self._post(channel)
 
-    def _group(self, step: int) -> dist.ProcessGroup:
-        return self._mesh.group("pp") if step > 0 else self._mesh.pipeline_backward
+    def _post(self, channel: _Channel) -> None:
+        """Posts the channel's next receive, if there is one."""
+        if not self._wanted[channel]:
+            return
+        forward, source = channel
+        shape = self._shapes[self._wanted[channel].popleft()]
+        tensor = torch.empty(shape, dtype=self._dtype, device=self._mesh.device)
+        group = self._mesh.channel(forward, rising=source < self._stage)
+        self._posted[channel] = dist.irecv(tensor, self._mesh.stage_rank(source), group=group), tensor
 
-    def send(self, tensor: Tensor, step: int) -> None:
-        """Posts a send to the stage `step` further; the tensor is kept until it has left."""
-        self._in_flight = [(work, kept) for work, kept in self._in_flight if not work.is_completed()]
-        tensor = tensor.detach().contiguous()
-        work = dist.isend(tensor, self._mesh.neighbour("pp", step), group=self._group(step))
-        if work is not None:
-            self._in_flight.append((work, tensor))
-
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, step: int) -> Tensor:
-        """Waits for a tensor that travels in direction `step`, from the stage on the other side."""
-        tensor = torch.empty(shape, dtype=dtype, device=self._mesh.device)
-        work = dist.irecv(tensor, self._mesh.neighbour("pp", -step), group=self._group(step))
+    def receive(self, forward: bool, source: int) -> Tensor:
+        """Waits for the channel's next tensor."""
+        work, tensor = self._posted.pop((forward, source))
         if work is not None:
             work.wait()
+        self._post((forward, source))
         return tensor
+
+    def send(self, tensor: Tensor, forward: bool, target: int) -> None:
+        """Posts a send; the tensor is kept until it has left."""
+        self._in_flight = [(work, kept) for work, kept in self._in_flight if not work.is_completed()]
+        tensor = tensor.detach().contiguous()
+        group = self._mesh.channel(forward, rising=target > self._stage)
+        work = dist.isend(tensor, self._mesh.stage_rank(target), group=group)
+        if work is not None:
+            self._in_flight.append((work, tensor))
 
     def finish(self) -> None:
         """Waits for all sends."""
@@ -54,47 +89,118 @@ class _Link:
         self._in_flight.clear()
 
 
+class _Stage:
+    """A step of one stage: what it holds of every micro-batch between its actions."""
+
+    def __init__(self, compute: Compute, link: _Link, mesh: Mesh) -> None:
+        self._compute, self._link, self._mesh = compute, link, mesh
+        self._stage = mesh.index("pp")
+        self._alive: dict[_Place, tuple[Payload, Payload, Tensor | None]] = {}
+        self._outputs: dict[_Place, Payload] = {}  # for the next chunk, on this stage
+        self._gradients: dict[_Place, tuple[Tensor | None, ...]] = {}  # of a chunk's output, from this stage
+        self._waiting: dict[_Place, list[WeightGradient]] = {}
+        self.losses: dict[_Place, Tensor] = {}
+
+    def fetch(self, one: Instruction) -> tuple[Tensor | None, ...]:
+        """What an instruction needs from elsewhere: inputs of a forward, gradients of the outputs of a backward."""
+        m, chunk = one.action.micro_batch, one.action.chunk
+        if one.source is None:
+            return ()
+        if one.source != self._stage:
+            tensor = self._link.receive(one.forward, one.source)
+            return (tensor.requires_grad_(one.trained_before),) if one.forward else (tensor,)
+        if not one.forward:
+            return self._gradients.pop((m, chunk))
+        given = self._outputs.pop((m, chunk - 1))
+        return tuple(t.detach().requires_grad_(t.requires_grad and one.trained_before) for t in given)
+
+    def run(self, one: Instruction, fetched: tuple[Tensor | None, ...]) -> None:
+        """Does an instruction and hands on what it gives."""
+        place = one.action.micro_batch, one.action.chunk
+        if one.action.kind is Kind.FORWARD:
+            self._forward(one, place, tuple(t for t in fetched if t is not None))
+        elif one.action.kind is Kind.BACKWARD:
+            self._backward(one, place, fetched)
+        elif one.action.kind is Kind.BACKWARD_INPUT:
+            with put_off(self._waiting.setdefault(place, [])):
+                self._backward(one, place, fetched)
+        else:
+            for gradient in self._waiting.pop(place):
+                gradient.compute()
+
+    def _forward(self, one: Instruction, place: _Place, inputs: Payload) -> None:
+        outputs, loss = self._compute(one.action.chunk, one.action.micro_batch, inputs)
+        if loss is not None:
+            self.losses[place] = loss.detach()
+        if one.trained:
+            self._alive[place] = inputs, outputs, loss
+        if one.target == self._stage:
+            self._outputs[place] = outputs
+        elif one.target is not None:
+            self._link.send(outputs[0], True, one.target)
+
+    def _backward(self, one: Instruction, place: _Place, gradients: tuple[Tensor | None, ...]) -> None:
+        inputs, outputs, loss = self._alive.pop(place)
+        roots = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if grad is not None]
+        if loss is not None:
+            roots.append((loss, torch.ones_like(loss)))
+        # An output without a gradient, such as that of text where the adaptor alone is trained, gets one in vain.
+        roots = [(out, grad) for out, grad in roots if out.requires_grad]
+        if roots:
+            torch.autograd.backward([out for out, _ in roots], [grad for _, grad in roots])
+        m, chunk = place
+        if one.target == self._stage:
+            self._gradients[m, chunk - 1] = tuple(tensor.grad for tensor in inputs)
+        elif one.target is not None:
+            if inputs[0].grad is None:
+                raise RuntimeError(
+                    f"rank {self._mesh.rank}: no gradient for the input of micro-batch {m}, chunk {chunk}"
+                )
+            self._link.send(inputs[0].grad, False, one.target)
+
+
+def connect(placement: Placement, mesh: Mesh) -> None:
+    """Opens every channel between the stages, one after the other in an order that all ranks share.
+
+    nccl makes the communicator of two ranks at their first transfer, and both wait there for each other; ranks that
+    began with different channels would never meet. Gloo needs none of it. Every rank must call it.
+    """
+    stage, token = mesh.index("pp"), torch.zeros(1, device=mesh.device)
+    for before, after in dict.fromkeys(pairwise(placement)):
+        for forward, source, target in ((True, before, after), (False, after, before)):
+            group = mesh.channel(forward, rising=target > source)
+            if source != target and stage == source:
+                dist.send(token, mesh.stage_rank(target), group=group)
+            elif source != target and stage == target:
+                dist.recv(token, mesh.stage_rank(source), group=group)
+
+
 def execute(
-    actions: Sequence[Action],
-    forward: Forward,
+    schedule: Schedule,
+    compute: Compute,
     shapes: Sequence[tuple[int, ...]],
     dtype: torch.dtype,
     mesh: Mesh,
-    gradient_borders: tuple[bool, bool] = (True, True),
+    recorder: Recorder | None = None,
 ) -> list[Tensor]:
-    """Runs the actions; gradients accumulate in the parameters.
+    """Runs this stage's actions; gradients accumulate in the parameters.
 
-    shapes: hidden-state shape of every micro-batch at the stage borders, `(T/tp, H)`. gradient_borders: whether
-    gradients travel over the border before this stage and over the one after it; they do not where everything before
-    is frozen. Neighbours must say the same of the border between them, for all micro-batches. One whose output needs
-    no gradient all the same, such as text where the adaptor alone is trained, gets one and drops it.
+    shapes: of the hidden states of every micro-batch where they cross from one stage to another, `(T/tp, H)`.
+    recorder: is told when each action ran.
 
-    Returns the micro-batches' outputs on the last stage, detached, by number; an empty list on the others.
+    Returns the losses that were born on this stage, detached scalars, by micro-batch and chunk.
     """
-    before, after = not mesh.first_stage and gradient_borders[0], not mesh.last_stage and gradient_borders[1]
-    link = _Link(mesh)
-    alive: dict[int, tuple[Tensor | None, Tensor]] = {}
-    results: dict[int, Tensor] = {}
-    for action in actions:
-        m = action.micro_batch
-        if action.kind is Kind.FORWARD:
-            received = None
-            if not mesh.first_stage:
-                received = link.receive(shapes[m], dtype, +1).requires_grad_(before)
-            output = forward(m, received)
-            alive[m] = (received, output)
-            if mesh.last_stage:
-                results[m] = output.detach()
-            else:
-                link.send(output, +1)
-        else:
-            received, output = alive.pop(m)
-            grad = link.receive(shapes[m], dtype, -1) if after else None
-            if output.requires_grad:
-                torch.autograd.backward(output, grad)
-            if received is not None and before:
-                if received.grad is None:
-                    raise RuntimeError(f"rank {mesh.rank}: no gradient for the input of micro-batch {m}")
-                link.send(received.grad, -1)
+    instructions = program(schedule, mesh.index("pp"))
+    link = _Link(instructions, shapes, dtype, mesh)
+    stage = _Stage(compute, link, mesh)
+    splits = any(one.action.kind is Kind.BACKWARD_WEIGHT for one in instructions)
+    with split_backward() if splits else nullcontext():
+        for one in instructions:
+            asked = recorder.mark() if recorder else 0.0
+            fetched = stage.fetch(one)
+            start = recorder.mark() if recorder else 0.0
+            stage.run(one, fetched)
+            if recorder:
+                recorder.add(one.action, asked, start, recorder.mark())
     link.finish()
-    return [results[m] for m in sorted(results)]
+    return [stage.losses[place] for place in sorted(stage.losses)]

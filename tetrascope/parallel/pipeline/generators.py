@@ -1,11 +1,14 @@
-"""Schedule generators. A new one is a function from stages and micro-batches to a schedule, and an entry below."""
+"""Schedules that depend on nothing but numbers. A new one is a function and an entry below."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from tetrascope.parallel.pipeline.actions import Action, Kind, Schedule
-from tetrascope.parallel.pipeline.zero_bubble import without_later, zb_h1, zb_v
+from tetrascope.parallel.pipeline.placement import Placement, fold, loop
+from tetrascope.parallel.pipeline.transforms import without_later
+from tetrascope.parallel.pipeline.zero_bubble import zb_h1, zb_v
 
 
 def gpipe(stages: int, micro_batches: int) -> Schedule:
@@ -67,13 +70,31 @@ def _alternate(forwards: list[Action], backwards: list[Action], warm_up: int) ->
     return (*forwards[:warm_up], *steady, *backwards[len(forwards) - warm_up :])
 
 
-SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {"1f1b": one_forward_one_backward, "gpipe": gpipe}
-"""Generators by name: those that the executor runs."""
+@dataclass(frozen=True)
+class Generator:
+    """make: stages, micro-batches and chunks a stage -> schedule; place: stages and chunks a stage -> where they are.
 
-GENERATORS: dict[str, Callable[[int, int], Schedule]] = {
-    **SCHEDULES,
-    "interleaved": interleaved,
-    "zb-h1": zb_h1,
-    "zb-v": zb_v,
+    virtual_stages: chunks of a stage where nothing else is asked for. fixed: whether there cannot be another number.
+    """
+
+    make: Callable[[int, int, int], Schedule]
+    place: Callable[[int, int], Placement]
+    virtual_stages: int = 1
+    fixed: bool = True
+
+    def __call__(self, stages: int, micro_batches: int, virtual_stages: int | None = None) -> Schedule:
+        return self.make(stages, micro_batches, virtual_stages or self.virtual_stages)
+
+
+def _vee(stages: int, virtual_stages: int) -> Placement:
+    return fold(stages)
+
+
+GENERATORS = {
+    "gpipe": Generator(lambda p, m, v: gpipe(p, m), loop),
+    "1f1b": Generator(lambda p, m, v: one_forward_one_backward(p, m), loop),
+    "interleaved": Generator(interleaved, loop, virtual_stages=2, fixed=False),
+    "zb-h1": Generator(lambda p, m, v: zb_h1(p, m), loop),
+    "zb-v": Generator(lambda p, m, v: zb_v(p, m), _vee, virtual_stages=2),
 }
-"""All generators by name, for the simulator: also those with several chunks a stage or a backward in two parts."""
+"""Fixed schedules by name."""

@@ -23,7 +23,8 @@ class Costs:
     """Times in seconds, sizes in bytes; tables by chunk and micro-batch.
 
     A full backward takes backward_input + backward_weight. activation_bytes are held from the start of the forward;
-    when the backward is in two parts, the first frees all but weight_bytes. border_bytes, by micro-batch, cross
+    when the backward is in two parts, the first frees all but weight_bytes. A chunk without a backward holds them only
+    till the next chunk, if it is on the same stage, has run forward. border_bytes, by micro-batch, cross
     between stages in each direction, in latency + bytes / bandwidth seconds; None: no bytes.
     """
 
@@ -57,6 +58,32 @@ class Costs:
         if action.kind is Kind.BACKWARD_WEIGHT:
             return self.backward_weight[chunk][m]
         return self.backward_input[chunk][m] + self.backward_weight[chunk][m]
+
+    def taken(self, action: Action) -> float:
+        """Bytes that an action begins to hold."""
+        if self.activation_bytes is None or action.kind is not Kind.FORWARD:
+            return 0
+        return self.activation_bytes[action.chunk][action.micro_batch]
+
+    def freed(self, action: Action, graph: Graph) -> float:
+        """Bytes that are free when an action has ended: its own, and those of a chunk that has no backward."""
+        if self.activation_bytes is None:
+            return 0
+        m, chunk = action.micro_batch, action.chunk
+        whole = self.activation_bytes[chunk][m]
+        kept = self.weight_bytes[chunk][m] if self.weight_bytes is not None else whole
+        if action.kind is not Kind.FORWARD:
+            return {Kind.BACKWARD: whole, Kind.BACKWARD_INPUT: whole - kept}.get(action.kind, kept)
+        own = 0 if graph.has_backward(chunk) or self._handed_on(action, graph) else whole
+        before = Action(Kind.FORWARD, m, chunk - 1)
+        if chunk and not graph.has_backward(chunk - 1) and self._handed_on(before, graph):
+            own += self.activation_bytes[chunk - 1][m]
+        return own
+
+    @staticmethod
+    def _handed_on(forward: Action, graph: Graph) -> bool:
+        """Whether the next chunk, on the same stage, takes what a forward gives."""
+        return graph.feeds(forward) is not None and not graph.travels(forward)
 
     def transfer(self, micro_batch: int) -> float:
         """How long a micro-batch travels from one stage to another."""
@@ -121,25 +148,17 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
         spans=tuple(map(tuple, spans)),
         makespan=max(end.values(), default=0),
         busy=tuple(sum(costs.seconds(action) for action in actions) for actions in schedule),
-        peak_bytes=tuple(_peak_bytes(actions, costs) for actions in schedule),
+        peak_bytes=tuple(_peak_bytes(actions, costs, graph) for actions in schedule),
     )
 
 
-def _peak_bytes(actions: Sequence[Action], costs: Costs) -> float:
+def _peak_bytes(actions: Sequence[Action], costs: Costs, graph: Graph) -> float:
     """The most that one stage holds: what an action frees is held till its end."""
-    if costs.activation_bytes is None:
-        return 0
     held = peak = 0.0
     for action in actions:
-        whole = costs.activation_bytes[action.chunk][action.micro_batch]
-        kept = costs.weight_bytes[action.chunk][action.micro_batch] if costs.weight_bytes is not None else whole
-        held += {
-            Kind.FORWARD: whole,
-            Kind.BACKWARD: -whole,
-            Kind.BACKWARD_INPUT: kept - whole,
-            Kind.BACKWARD_WEIGHT: -kept,
-        }[action.kind]
+        held += costs.taken(action)
         peak = max(peak, held)
+        held -= costs.freed(action, graph)
     return peak
 
 

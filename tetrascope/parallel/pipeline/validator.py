@@ -14,11 +14,12 @@ def validate(
     micro_batches: int,
     max_live: int | Sequence[int] | None = None,
     buffers: int | None = None,
+    frozen: int = 0,
 ) -> None:
     """Raises UserError, naming stage, position (from 0) and action, unless
 
     - each chunk, from the first to the last without a gap, has one stage, which forwards every micro-batch once and
-      takes its gradient once: in one backward, or in its two parts;
+      takes its gradient once: in one backward, or in its two parts. The first `frozen` chunks have no backward;
     - every receive gets what it is for, though transfers carry no names: what one stage sends another in one
       direction arrives in the order in which it is wanted;
     - the stages come to the end. Receives wait. Sends are buffered, as in the executor, or limited: with `buffers`, a
@@ -26,9 +27,10 @@ def validate(
       yet, and a sender waits while there are more. With 0, sends block: a stage posts what its last action sends
       together with what its next action receives, and goes on when both are through;
     - no stage holds more activations at once than max_live (one number, or one for each stage): micro-batches of a
-      chunk that were forwarded and whose backward, both parts of it, is not done.
+      chunk that were forwarded and whose backward, both parts of it, is not done. A chunk without a backward holds
+      none.
     """
-    _check_complete(schedule, micro_batches)
+    _check_complete(schedule, micro_batches, frozen)
     graph = Graph(schedule)
     _check_channels(schedule, graph)
     order_of_execution(schedule, graph, buffers)
@@ -39,8 +41,10 @@ def validate(
 def live_activations(actions: Sequence[Action]) -> list[int]:
     """How many micro-batches of its chunks a stage holds after each of its actions."""
     live, counts = 0, []
+    trained = {action.chunk for action in actions if action.kind is not Kind.FORWARD}
     for action in actions:
-        live += (action.kind is Kind.FORWARD) - (action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT))
+        starts = action.kind is Kind.FORWARD and action.chunk in trained
+        live += starts - (action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT))
         counts.append(live)
     return counts
 
@@ -93,7 +97,7 @@ def _gates(schedule: Schedule, graph: Graph, buffers: int) -> dict[Action, Actio
     return gates
 
 
-def _check_complete(schedule: Schedule, micro_batches: int) -> None:
+def _check_complete(schedule: Schedule, micro_batches: int, frozen: int) -> None:
     stage_of: dict[int, int] = {}
     for stage, actions in enumerate(schedule):
         seen: dict[Action, int] = {}
@@ -103,6 +107,8 @@ def _check_complete(schedule: Schedule, micro_batches: int) -> None:
                 raise UserError(f"{here}: there are {micro_batches} micro-batches, counted from 0")
             if stage_of.setdefault(action.chunk, stage) != stage:
                 raise UserError(f"{here}: chunk {action.chunk} has its place on stage {stage_of[action.chunk]}")
+            if action.chunk < frozen and action.kind is not Kind.FORWARD:
+                raise UserError(f"{here}: nothing in chunk {action.chunk} or before it is trained; take the action out")
             for other in _excluded_by(action):
                 if other in seen:
                     raise UserError(f"{here}: position {seen[other]} has {name(other, stage)} already")
@@ -111,7 +117,7 @@ def _check_complete(schedule: Schedule, micro_batches: int) -> None:
             raise UserError(f"schedule: stage {stage} has no action; each needs a chunk of the model")
         for chunk in sorted({action.chunk for action in actions}):
             for m in range(micro_batches):
-                if missing := _missing(seen, m, chunk):
+                if missing := _missing(seen, m, chunk, frozen):
                     raise UserError(
                         f"schedule: stage {stage} ends at position {len(actions)} without {name(missing, stage)}"
                     )
@@ -127,9 +133,11 @@ def _excluded_by(action: Action) -> list[Action]:
     return [Action(kind, action.micro_batch, action.chunk) for kind in (action.kind, *kinds)]
 
 
-def _missing(seen: dict[Action, int], micro_batch: int, chunk: int) -> Action | None:
+def _missing(seen: dict[Action, int], micro_batch: int, chunk: int, frozen: int) -> Action | None:
     split = any(Action(k, micro_batch, chunk) in seen for k in (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT))
-    backward = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT) if split else (Kind.BACKWARD,)
+    backward = [Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT] if split else [Kind.BACKWARD]
+    if chunk < frozen:
+        backward = []
     wanted = (Action(kind, micro_batch, chunk) for kind in (Kind.FORWARD, *backward))
     return next((action for action in wanted if action not in seen), None)
 

@@ -7,6 +7,7 @@ them T_F, T_B and T_W.
 from __future__ import annotations
 
 from tetrascope.parallel.pipeline.actions import Action, Kind, Schedule
+from tetrascope.parallel.pipeline.transforms import without_later
 
 F, I, W = Kind.FORWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT  # noqa: E741 (the paper's letters)
 
@@ -60,11 +61,6 @@ def zb_v(stages: int, micro_batches: int) -> Schedule:
         line.add(stage, (W, down))
         schedule.append(tuple(line.actions))
     return without_later(tuple(schedule), micro_batches)
-
-
-def without_later(schedule: Schedule, micro_batches: int) -> Schedule:
-    """The schedule of the first so many micro-batches: what is left of a valid schedule is valid."""
-    return tuple(tuple(a for a in actions if a.micro_batch < micro_batches) for actions in schedule)
 
 
 class _Line:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tetrascope.parallel.tensor.collectives import gather_tokens, scatter_sum, sum_over
+from tetrascope.parallel.tensor.linear import linear
 from tetrascope.parallel.tensor.placement import Block, row_blocks, share
 
 
@@ -27,24 +28,24 @@ class ColumnParallelLinear(nn.Module):
     """
 
     def __init__(
-        self, linear: nn.Linear, segments: tuple[int, ...], group: dist.ProcessGroup, gather: bool = True
+        self, whole: nn.Linear, segments: tuple[int, ...], group: dist.ProcessGroup, gather: bool = True
     ) -> None:
         super().__init__()
-        if sum(segments) != linear.out_features:
-            raise ValueError(f"segments {segments} must add up to {linear.out_features} output rows")
+        if sum(segments) != whole.out_features:
+            raise ValueError(f"segments {segments} must add up to {whole.out_features} output rows")
         parts, index = group.size(), group.rank()
         self.group, self.gather = group, gather
-        self.blocks = {"weight": row_blocks(segments, (linear.in_features,), parts, index)}
+        self.blocks = {"weight": row_blocks(segments, (whole.in_features,), parts, index)}
         rows = sum(block.size[0] for block in self.blocks["weight"])
-        self.weight = _empty(rows, linear.in_features, like=linear.weight)
+        self.weight = _empty(rows, whole.in_features, like=whole.weight)
         self.bias = None
-        if linear.bias is not None:
+        if whole.bias is not None:
             self.blocks["bias"] = row_blocks(segments, (), parts, index)
-            self.bias = _empty(rows, like=linear.bias)
+            self.bias = _empty(rows, like=whole.bias)
 
     def forward(self, x_tH: Tensor) -> Tensor:
         x_TH = gather_tokens(x_tH, self.group) if self.gather else x_tH
-        return F.linear(x_TH, self.weight, self.bias)
+        return linear(x_TH, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -53,18 +54,29 @@ class RowParallelLinear(nn.Module):
     The bias is whole on every rank and added once, after the sum.
     """
 
-    def __init__(self, linear: nn.Linear, group: dist.ProcessGroup, scatter: bool = True) -> None:
+    def __init__(self, whole: nn.Linear, group: dist.ProcessGroup, scatter: bool = True) -> None:
         super().__init__()
-        columns = share(linear.in_features, group.size(), group.rank())
+        columns = share(whole.in_features, group.size(), group.rank())
         self.group, self.scatter = group, scatter
-        self.weight = _empty(linear.out_features, len(columns), like=linear.weight)
-        self.blocks = {"weight": (Block(0, (0, columns.start), (linear.out_features, len(columns))),)}
-        self.bias = None if linear.bias is None else _empty(linear.out_features, like=linear.bias)
+        self.weight = _empty(whole.out_features, len(columns), like=whole.weight)
+        self.blocks = {"weight": (Block(0, (0, columns.start), (whole.out_features, len(columns))),)}
+        self.bias = None if whole.bias is None else _empty(whole.out_features, like=whole.bias)
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        partial_TH = F.linear(x_TI, self.weight)
+        partial_TH = linear(x_TI, self.weight)
         out = scatter_sum(partial_TH, self.group) if self.scatter else sum_over(partial_TH, self.group)
         return out if self.bias is None else out + self.bias
+
+
+class ReplicatedLinear(nn.Module):
+    """An undivided linear: this rank's share of the tokens `[T/tp, in]` -> `[T/tp, out]`."""
+
+    def __init__(self, whole: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = whole.weight, whole.bias
+
+    def forward(self, x_tH: Tensor) -> Tensor:
+        return linear(x_tH, self.weight, self.bias)
 
 
 class GatherTokens(nn.Module):

@@ -24,16 +24,19 @@ from rich.table import Table
 from torch import Tensor
 
 from tetrascope.engine.build import StageModel, build_optimizer
-from tetrascope.engine.config import OptimizerSection
-from tetrascope.engine.data.collate import Document, collate
+from tetrascope.engine.config import OptimizerSection, ParallelSection
+from tetrascope.engine.data.collate import collate
+from tetrascope.engine.data.document import Document
 from tetrascope.engine.modules import family_modules
+from tetrascope.engine.pipeline import Workload, make_pipeline
 from tetrascope.engine.source import memory_source
 from tetrascope.engine.step import forward_backward
 from tetrascope.errors import UserError
 from tetrascope.models.family import get_family
 from tetrascope.models.layers.attention import pick_attention
 from tetrascope.parallel.mesh import Layout, Mesh
-from tetrascope.parallel.pipeline.generators import SCHEDULES
+from tetrascope.parallel.pipeline.generators import GENERATORS
+from tetrascope.parallel.zero.optimizer import ZeroAdamW
 
 CASES = {"qwen2_vl": "tetrascope.tools.bench.cases.qwen2_vl"}
 """Family -> module with `bench_case(size, batch)`."""
@@ -63,13 +66,21 @@ class Comparison:
 
 def our_step(family_name: str, config: Any, weights: dict[str, Tensor], documents: Sequence[Document]) -> Step:
     """The engine's own step. Needs a process group of one rank."""
+    return our_engine(family_name, config, weights, documents)[2]
+
+
+def our_engine(
+    family_name: str, config: Any, weights: dict[str, Tensor], documents: Sequence[Document]
+) -> tuple[StageModel, ZeroAdamW, Step]:
+    """Model, optimizer and the engine's own step. Needs a process group of one rank."""
     family, device = get_family(family_name), torch.device("cpu")
     mesh = Mesh(Layout(), "cpu")
     modules = family_modules(family, config, OPTIONS)
-    model = StageModel(family, config, mesh, "auto", pick_attention("auto")[1], torch.float32, modules)
+    cut = make_pipeline(family, config, ParallelSection(), modules, Workload(1)).cut
+    schedule = GENERATORS["1f1b"](1, 1)
+    model = StageModel(family, config, mesh, cut, pick_attention("auto")[1], torch.float32, modules)
     optimizer = build_optimizer(model, OPTIONS, device)
     model.load(memory_source(weights), optimizer)
-    schedule = SCHEDULES["1f1b"](1, 1)
     rows = sum(len(d.ids_T) for d in documents)
     batch = collate(documents, family, config, rows, 1, 0, True, device)
     total = float(sum(d.weights_T[1:].sum() for d in documents))
@@ -80,7 +91,7 @@ def our_step(family_name: str, config: Any, weights: dict[str, Tensor], document
         optimizer.step(OPTIONS.lr, optimizer.reduce())
         return loss.item()
 
-    return step
+    return model, optimizer, step
 
 
 def their_step(model: torch.nn.Module, inputs: dict[str, Any]) -> Step:

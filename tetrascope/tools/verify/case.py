@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tetrascope.engine.config import OptimizerSection
-from tetrascope.engine.data.collate import Document
+from tetrascope.engine.data.document import Document
 from tetrascope.engine.modules import ModuleOptions, family_modules
 from tetrascope.models.family import get_family
 from tetrascope.models.weights import RenamingRules, WeightMap

@@ -65,7 +65,7 @@ def verify_row(pool: WorkerPool, name: str, case: Case, expected: Numbers, row: 
 
     Raises RankFailure when a rank fails.
     """
-    ranks = pool.run(run_layout, case, row.layout, row.micro_batches, row.schedule, world=row.layout.world)
+    ranks = pool.run(run_layout, case, row, world=row.layout.world)
     rules = case.yardsticks
     gradients = compare([s for rank in ranks for s in rank.gradients], expected.gradients, yardsticks=rules)
     weights = compare([s for rank in ranks for s in rank.weights], expected.weights, case.weights, rules)

@@ -4,18 +4,44 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
+from tetrascope.engine.config import ParallelSection
+from tetrascope.engine.recompute import Recompute
 from tetrascope.errors import UserError
 from tetrascope.parallel.mesh import AXES, Layout
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the certificate: a layout, micro-batches per data-parallel rank, and a pipeline schedule."""
+    """One row of the certificate: a layout, micro-batches per data-parallel rank, a pipeline schedule, and what of
+    `ParallelSection` and `TrainSection` goes with it."""
 
     layout: Layout
     micro_batches: int
     schedule: str
+    virtual_stages: int | None = None
+    vision_chunk: bool | None = None
+    placement: Literal["loop", "fold"] = "loop"
+    recompute: Recompute = "none"
+    loss_rows: int | None = None
+    mlp_rows: int | None = None
+
+    @property
+    def parallel(self) -> ParallelSection:
+        """The row as a configuration says it."""
+        axes = self.layout
+        return ParallelSection(
+            pp=axes.pp,
+            dp=axes.dp,
+            ring=axes.ring,
+            ulysses=axes.ulysses,
+            tp=axes.tp,
+            schedule=self.schedule,
+            virtual_stages=self.virtual_stages,
+            vision_chunk=self.vision_chunk,
+            placement=self.placement,
+        )
 
 
 ROWS = (
@@ -31,8 +57,17 @@ ROWS = (
     Row(Layout(pp=2, dp=2), 4, "1f1b"),
     Row(Layout(dp=4), 2, "1f1b"),
     Row(Layout(tp=2, pp=2, dp=2), 4, "1f1b"),
+    Row(Layout(pp=2), 3, "interleaved"),
+    Row(Layout(pp=4), 3, "zb-h1"),
+    Row(Layout(pp=2), 4, "zb-v", vision_chunk=True),
+    Row(Layout(tp=2, pp=2), 4, "cost", recompute="full"),
+    Row(Layout(ring=2), 2, "1f1b"),
+    Row(Layout(ulysses=2), 2, "1f1b"),
+    Row(Layout(ring=2, ulysses=2), 3, "1f1b", recompute="full"),
+    Row(Layout(ring=2, tp=2, pp=2), 3, "zb-v"),
+    Row(Layout(ulysses=2, dp=2, pp=2), 2, "cost"),
 )
-"""Every axis alone, each pair, all three; more micro-batches than stages and fewer."""
+"""Every axis alone, pairs and more of them; more micro-batches than stages and fewer; the schedules."""
 
 
 def parse_layouts(text: str, samples: int) -> list[Row]:

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tetrascope.engine.attention import context_attention
 from tetrascope.engine.build import StageModel, build_optimizer, check_layout
 from tetrascope.engine.config import BatchSection
-from tetrascope.engine.data.collate import Document, MicroBatch, collate
+from tetrascope.engine.data.collate import MicroBatch, collate
+from tetrascope.engine.data.document import ContextPlace, Document
 from tetrascope.engine.logical import Shard
 from tetrascope.engine.modules import family_modules
+from tetrascope.engine.pipeline import Workload, make_pipeline
 from tetrascope.engine.plan import Planner, SampleInfo, StepPlan
+from tetrascope.engine.predict import Model, load_hardware
 from tetrascope.engine.source import memory_source
 from tetrascope.engine.step import forward_backward
+from tetrascope.engine.step_schedule import StepSchedules
 from tetrascope.models.family import get_family
 from tetrascope.models.layers.attention import pick_attention
 from tetrascope.models.weights import RenamingRules, rename
 from tetrascope.parallel.mesh import Layout, Mesh
-from tetrascope.parallel.pipeline.generators import SCHEDULES
+from tetrascope.parallel.pipeline.actions import Action, Kind
+from tetrascope.parallel.tensor.linear import linear
 from tetrascope.parallel.tensor.placement import share
 from tetrascope.tools.verify.case import Case, Numbers
+from tetrascope.tools.verify.layouts import Row
 
 
 def planner(case: Case, layout: Layout, micro_batches: int) -> Planner:
@@ -40,33 +47,47 @@ def global_batches(case: Case) -> list[list[Document]]:
 
 
 @dataclass(frozen=True)
+class LogitsPart:
+    """Logits `[T, V/tp]` of some tokens, int64 `[T]`, of the sample at a place of the global batch, from vocabulary id
+    `first` on."""
+
+    place: int
+    first: int
+    tokens: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
 class RankNumbers:
     """What one rank has of `Numbers`: every copy that it holds, replicated ones too, so that a drift shows.
 
-    logits: (place in the global batch, first vocabulary id, `[T, V/tp]`) of the samples it computed, last stage only.
+    logits: of the samples it computed, last stage only.
     """
 
-    logits: list[tuple[int, int, Tensor]]
+    logits: list[LogitsPart]
     losses: list[float]
     gradients: list[Shard]
     weights: list[Shard]
 
 
-def run_layout(
-    case: Case, layout: Layout, micro_batches: int, schedule_name: str, attention: str = "auto"
-) -> RankNumbers:
+def run_layout(case: Case, row: Row, attention: str = "auto") -> RankNumbers:
     """One rank of a layout: the case trained with the engine's own parts."""
-    family = get_family(case.family)
+    family, layout, micro_batches = get_family(case.family), row.layout, row.micro_batches
     check_layout(family, case.config, layout)
     mesh = Mesh(layout, "cpu")
     device = torch.device("cpu")
     modules = family_modules(family, case.config, case.optimizer)
-    model = StageModel(family, case.config, mesh, "auto", pick_attention(attention)[1], torch.float32, modules)
+    pipeline = make_pipeline(family, case.config, row.parallel, modules, Workload(micro_batches))
+    kernel = pick_attention(attention)[1]
+    kernel = context_attention(kernel, mesh, torch.float32)
+    saving = row.recompute, row.loss_rows, row.mlp_rows
+    model = StageModel(family, case.config, mesh, pipeline.cut, kernel, torch.float32, modules, *saving)
     optimizer = build_optimizer(model, case.optimizer, device)
     model.load(memory_source(case.weights), optimizer)
-    schedule = SCHEDULES[schedule_name](layout.pp, micro_batches)
     plans = planner(case, layout, micro_batches)
-    logits: list[tuple[int, int, Tensor]] = []
+    sizes = Model(family, case.config, modules, "float32")
+    schedules = StepSchedules(pipeline, sizes, layout, row.recompute, load_hardware("cpu"), None, plans.info)
+    logits: list[LogitsPart] = []
     losses: list[float] = []
     gradients: list[Shard] = []
     for step in range(case.steps):
@@ -83,14 +104,17 @@ def run_layout(
                 mesh.index("tp"),
                 mesh.first_stage,
                 device,
+                ContextPlace.of(mesh),
             )
             for micro in plan.micro_batches[mesh.index("dp")]
         ]
         optimizer.zero_grad()
+        schedule = schedules.of(plan, mesh.index("dp"))
         with _head_outputs(model) as outputs:
             loss = forward_backward(model, schedule, batches, total)
         if step == 0:
-            logits = _logits_by_sample(model, plan, batches, outputs)
+            order = [a.micro_batch for actions in schedule for a in actions if _is_last_forward(a, model)]
+            logits = _logits_by_sample(model, plan, batches, dict(zip(order, outputs, strict=False)))
         dist.all_reduce(loss)
         losses.append(loss.item())
         norm = optimizer.reduce()
@@ -113,40 +137,52 @@ def run_layout(
 
 @contextlib.contextmanager
 def _head_outputs(model: StageModel) -> Iterator[list[Tensor]]:
-    """Collects the logits of the micro-batches, in the order of their forwards; empty but on the last stage."""
+    """Collects the logits of the micro-batches, in the order of their forwards; empty where the head is not."""
     outputs: list[Tensor] = []
-    if not model.mesh.last_stage:
+    if not model.holds_last:
         yield outputs
         return
-    handle = model.module.register_forward_hook(lambda module, inputs, out: outputs.append(out.detach()))
+    last = model.chunks[model.cut.last]
+
+    def logits(out: Tensor) -> Tensor:
+        return out if model.loss_rows is None else linear(out, model.head.weight)
+
+    handle = last.register_forward_hook(lambda module, inputs, out: outputs.append(logits(out).detach()))
     yield outputs
     handle.remove()
 
 
 def _logits_by_sample(
-    model: StageModel, plan: StepPlan, batches: Sequence[MicroBatch], outputs: Sequence[Tensor]
-) -> list[tuple[int, int, Tensor]]:
-    """Cuts packed logits into samples. All schedules run the forwards of a stage in the order of the micro-batches."""
+    model: StageModel, plan: StepPlan, batches: Sequence[MicroBatch], outputs: Mapping[int, Tensor]
+) -> list[LogitsPart]:
+    """Cuts packed logits, by micro-batch, into samples."""
     mesh = model.mesh
     first = share(model.config.decoder.vocab, mesh.size("tp"), mesh.index("tp")).start
-    found = []
-    for micro, batch, out in zip(plan.micro_batches[mesh.index("dp")], batches, outputs, strict=False):
-        offsets = batch.inputs.documents.offsets
-        for i, place in enumerate(micro.samples):
-            found.append((place, first, out[offsets[i] : offsets[i + 1]].clone()))
+    found: list[LogitsPart] = []
+    for m, out in outputs.items():
+        for i, place in enumerate(plan.micro_batches[mesh.index("dp")][m].samples):
+            rows, tokens = map(torch.from_numpy, batches[m].rows_of(i))
+            found.append(LogitsPart(place, first, tokens, out[rows].clone()))
     return found
 
 
-def logits_error(parts: Sequence[tuple[int, int, Tensor]], expected: Numbers) -> float:
+def _is_last_forward(action: Action, model: StageModel) -> bool:
+    return action.kind is Kind.FORWARD and action.chunk == model.cut.last
+
+
+def logits_error(parts: Sequence[LogitsPart], expected: Numbers) -> float:
     """Largest error of any logit, relative to the largest logit; infinite when one was computed by nobody."""
     scale = max(tensor.abs().max().item() for tensor in expected.logits)
     seen = [torch.zeros(tensor.shape, dtype=torch.bool) for tensor in expected.logits]
     worst = 0.0
-    for place, first, part in parts:
-        columns = slice(first, first + part.shape[1])
-        error = (part - expected.logits[place][:, columns]).abs().max().item() / scale
+    for part in parts:
+        if not len(part.tokens):
+            continue
+        columns = slice(part.first, part.first + part.values.shape[1])
+        wanted = expected.logits[part.place][part.tokens, columns]
+        error = (part.values - wanted).abs().max().item() / scale
         worst = max(worst, error if error == error else float("inf"))
-        seen[place][:, columns] = True
+        seen[part.place][part.tokens, columns] = True
     return worst if all(mask.all() for mask in seen) else float("inf")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetrascope.engine.data.collate import Document
+from tetrascope.engine.data.document import Document
 from tetrascope.errors import UserError
 from tetrascope.models.qwen2_vl.config import Qwen2VLConfig, Qwen2VLDecoder, Qwen2VLVision
 from tetrascope.tools.verify.families import qwen2_vl as family

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetrascope.engine.data.collate import Document
+from tetrascope.engine.data.document import Document
 from tetrascope.models.internvl import FAMILY
 from tetrascope.models.internvl.config import InternViTShape, InternVLConfig, InternVLDecoder, framed, tiled
 from tetrascope.models.internvl.hf_config import to_transformers

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetrascope.engine.data.collate import Document
+from tetrascope.engine.data.document import Document
 from tetrascope.models.layers.positions import PositionRule
 from tetrascope.models.llava import FAMILY
 from tetrascope.models.llava.config import LlavaConfig, LlavaDecoder, LlavaVision, media

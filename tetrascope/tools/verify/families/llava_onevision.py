@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetrascope.engine.data.collate import Document
+from tetrascope.engine.data.document import Document
 from tetrascope.models.layers.vit import ViTShape
 from tetrascope.models.llava_onevision import FAMILY
 from tetrascope.models.llava_onevision.config import LlavaOneVisionConfig, LlavaOneVisionDecoder

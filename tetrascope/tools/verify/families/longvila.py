@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tetrascope.engine.data.collate import Document
+from tetrascope.engine.data.document import Document
 from tetrascope.models.layers.positions import PositionRule
 from tetrascope.models.longvila import FAMILY
 from tetrascope.models.longvila.config import LongVilaConfig, LongVilaDecoder, LongVilaVision, clip, picture

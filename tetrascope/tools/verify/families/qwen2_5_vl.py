@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetrascope.engine.data.collate import Document
+from tetrascope.engine.data.document import Document
 from tetrascope.models.media import Media
 from tetrascope.models.qwen2_5_vl import FAMILY
 from tetrascope.models.qwen2_5_vl.config import Qwen2_5VLConfig, Qwen2_5VLVision, media

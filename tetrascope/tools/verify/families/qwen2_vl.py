@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetrascope.engine.data.collate import Document
+from tetrascope.engine.data.document import Document
 from tetrascope.models.media import Media
 from tetrascope.models.qwen2_vl import FAMILY
 from tetrascope.models.qwen2_vl.config import Qwen2VLConfig, Qwen2VLDecoder, Qwen2VLVision, media
@@ -34,11 +34,11 @@ UNSUPERVISED = 6
 """The sample with nothing to learn from: where it is a micro-batch of its own, its loss and gradients are zero."""
 
 
-def tiny_config(tied: bool = False) -> Qwen2VLConfig:
-    """Five layers, two query heads for each key/value head, a vocabulary that does not divide by two."""
+def tiny_config(tied: bool = False, layers: int = 5) -> Qwen2VLConfig:
+    """Few layers, two query heads for each key/value head, a vocabulary that does not divide by two."""
     return Qwen2VLConfig(
         decoder=Qwen2VLDecoder(
-            hidden=64, intermediate=96, layers=5, heads=4, kv_heads=2, vocab=251, tied_embeddings=tied
+            hidden=64, intermediate=96, layers=layers, heads=4, kv_heads=2, vocab=251, tied_embeddings=tied
         ),
         vision=Qwen2VLVision(width=32, layers=2, heads=2),
         mrope_section=(2, 3, 3),
@@ -96,15 +96,15 @@ def make_document(
     )
 
 
-def make_case(seed: int = 0, tied: bool = False, steps: int = 3) -> Case:
+def make_case(seed: int = 0, tied: bool = False, steps: int = 3, layers: int = 5, scale: float = WEIGHT_SCALE) -> Case:
     """Scaled random weights and two global batches' worth of samples."""
-    config = tiny_config(tied)
+    config = tiny_config(tied, layers)
     torch.manual_seed(seed)
     model = oracle(config)
     with torch.no_grad():
         for name, param in model.named_parameters():
             if param.ndim > 1 and "embed_tokens" not in name:
-                param.mul_(WEIGHT_SCALE)
+                param.mul_(scale)
             elif param.ndim == 1:
                 param.add_(torch.randn_like(param) * 0.1)  # biases and norms away from zero and one
     weights = {name_on_disk(n): p.detach().clone() for n, p in model.named_parameters()}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetrascope.engine.data.collate import Document
+from tetrascope.engine.data.document import Document
 from tetrascope.models.media import Media
 from tetrascope.models.qwen2_vl.config import media
 from tetrascope.models.qwen3_vl import FAMILY
