@@ -35,7 +35,7 @@ BAD: list[tuple[str, dict[str, Any], list[str], str]] = [
     ("heads", {"parallel": {"tp": 4}}, [], "2 decoder key/value heads do not divide by tp=4; this model allows tp up"),
     ("layers", {"parallel": {"pp": 3}}, [], "need at least 3 decoder layers, the model has 2; lower parallel.pp"),
     ("split", {"parallel": {"pp": 2, "split": [2, 1]}}, [], "of at least 1 that add up to 2"),
-    ("context parallel", {"parallel": {"ring": 2}}, [], "context parallelism is not available yet; set both to 1"),
+    ("context parallel", {"parallel": {"ulysses": 3}}, [], "parallel.ulysses: 3 must divide the 4 attention heads"),
     ("schedule", {"parallel": {"schedule": "zb"}}, [], "parallel.schedule: unknown 'zb'; choose one of 1f1b, gpipe"),
     ("kernel", {"kernels": {"attention": "fa9"}}, [], "no kernel is called 'fa9'; choose one of auto, sdpa, reference"),
     ("family", {"model": {"family": "qwen9"}}, [], "unknown family 'qwen9'; known families: internvl, llava"),

@@ -58,7 +58,10 @@ def test_file_overrides_and_defaults(path: Path) -> None:
     [
         ("train.stpes=3", r"unknown key 'train\.stpes'; did you mean 'train\.steps'\?"),
         ("paralel.tp=2", r"unknown key 'paralel'; did you mean 'parallel'\?"),
-        ("zzz=1", "unknown key .zzz.; known keys: batch, checkpoint, data, kernels, model, optimizer, output, parallel"),
+        (
+            "zzz=1",
+            "unknown key .zzz.; known keys: batch, checkpoint, data, kernels, model, optimizer, output, parallel",
+        ),
         ("train.steps=many", r"'train\.steps' is 'many': input should be a valid integer"),
         ("train.steps=1.5", r"'train\.steps' is 1\.5: input should be a valid integer"),
         ("train.steps=0", r"'train\.steps' is 0: input should be greater than 0"),
@@ -189,3 +192,14 @@ def test_layout_products() -> None:
 def test_layouts_that_do_not_multiply_to_the_ranks(section: ParallelSection, world: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         section.layout(world)
+
+
+def test_context_is_divided_or_must_agree() -> None:
+    section = ParallelSection(tp=2, context=4, dp=None)
+    assert section.chooses_degrees
+    assert section.layout(16) == Layout(dp=2, ring=4, tp=2)  # as long as the model is not known
+    assert ParallelSection(context=4, ring=2, ulysses=2).layout(4) == Layout(ring=2, ulysses=2)
+    with pytest.raises(UserError, match="context=4, tp=2 make 8 ranks"):
+        ParallelSection(tp=2, context=4).layout(4)
+    with pytest.raises(ValueError, match="make 2 ranks, context says 4"):
+        ParallelSection(context=4, ring=2)

@@ -185,6 +185,37 @@ def test_several_workers_make_the_same_index(folder: Folder, monkeypatch: pytest
     assert all(np.array_equal(several.columns[name], alone.columns[name]) for name in alone.columns)
 
 
+class Tokens:
+    """A source of tokenized text: `cut` at the borders of samples that a packing of its own made."""
+
+    def __init__(self, samples: list[list[int]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {"tokens": self.samples[number]}
+
+
+@pytest.mark.parametrize("overlong", ["error", "split"])
+def test_an_image_cut_by_a_packing_of_the_users_own(folder: Folder, overlong: str) -> None:
+    """Placeholders without an image: inside, at the start, at the end of a sample; a text beside them is whole."""
+    image = folder.config.image_token_id
+    samples = [[1, 2, 3], [1, 2, 3, 4, *[image] * 3, 5], [*[image] * 2, 5, 6], [7, 8, *[image] * 4], [image] * 3]
+    options = {"samples": samples}
+    source = {"path": f"{__name__}:Tokens", "format": "python", "options": options, "name": "packed"}
+    (index,) = folder.open(sources=[source], overlong=overlong, max_tokens=5).indexes
+    assert len(index) == 1 and index[0].tokens == 3 and len(index.bad) == 4
+    inside, begins, ends, all_of_it = (bad.reason for bad in index.bad)
+    assert re.search(
+        r"sample 1: tokens \[4, 7\) stand for an image or video, but .*; give the conv.* tokens \[0, 4\)", inside
+    )
+    assert re.search(r"sample 2: tokens \[0, 2\) .* that begins before the sample, but .* tokens \[2, 4\)$", begins)
+    assert re.search(r"sample 3: tokens \[2, 6\) .* that goes on after it, but .* tokens \[0, 2\)$", ends)
+    assert re.search(r"tokens \[0, 3\) .* that begins before the sample and one that goes on after it, but", all_of_it)
+
+
 def test_an_over_long_sample_is_an_error_dropped_or_split(folder: Folder) -> None:
     folder.write(sample("short"), turns("long", 6, image_at=3))
     whole = folder.open().indexes[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,7 +30,7 @@ class Layout:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return tuple(asdict(self)[axis] for axis in AXES)
+        return tuple(getattr(self, axis) for axis in AXES)
 
     @property
     def world(self) -> int:

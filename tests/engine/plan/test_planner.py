@@ -216,6 +216,10 @@ def test_batches_that_no_layout_or_data_can_fill() -> None:
     with pytest.raises(UserError, match=r"batch\.pack: 100 tokens do not divide by parallel\.tp=8, .*; use 96"):
         by_tokens(infos, 6, 100, tp=8)
     with pytest.raises(
+        UserError, match=r"batch\.pack: 100 tokens do not divide by parallel\.ring=4 · parallel\.ulysses=2, .*; use 96"
+    ):
+        Planner.single(infos, 0, Layout(ring=4, ulysses=2), BatchSection(tokens=600, pack=100))
+    with pytest.raises(
         UserError, match=r"batch\.pack: sample 2 of data\.train has 101 tokens, more than batch\.pack=100"
     ):
         by_tokens(texts([50, 60, 101] * 10), 6, 100)

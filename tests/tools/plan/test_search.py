@@ -54,10 +54,12 @@ def test_no_schedule_is_faster_than_its_bounds(layout: Layout, number: int) -> N
         assert one.bound > 0.7 * seconds, "the bound of a plain pipeline is not far from it"
 
 
-def test_a_long_step_is_estimated_by_part_of_it() -> None:
+@pytest.mark.parametrize("number", range(len(FIXED)), ids=[str(one) for one in FIXED])
+def test_a_long_step_is_estimated_by_part_of_it(number: int) -> None:
+    # Half of the micro-batches. They are unequal, and with one chunk a stage their order matters most.
     which = weights()
-    for one in weighed(which, Layout(pp=2), 0, micro_batches=32):
-        assert len(one.variant.some) == 6 and one.variant.scale == pytest.approx(32 / 6, rel=0.2)
+    for one in weighed(which, Layout(pp=2), number, micro_batches=32):
+        assert len(one.variant.some) == 16 and one.variant.scale == pytest.approx(2, rel=0.2)
         assert one.estimate()[0] == pytest.approx(exact(which, one).seconds, rel=0.05)
 
 
@@ -123,8 +125,9 @@ def test_a_better_cut_and_schedule_are_no_slower() -> None:
 
 
 def test_the_largest_search_simulates_few_of_its_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = made("72b", {"samples": 64, "micro_batches": 2})
+    one = made("72b", {"samples": 16, "micro_batches": 2})
     monkeypatch.setattr(search_module, "MOST", 30)
+    monkeypatch.setattr(search_module, "FIXED", FIXED[:2])
     outcome = search(one, 1024, hardware(), workload(one, MIX), top=2, refined=0)
     assert [found.variant.layout.world for found in outcome.ranked] == [1024, 1024]
     assert outcome.simulated <= 30 + 2, "each takes tens of milliseconds"

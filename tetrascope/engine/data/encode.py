@@ -63,7 +63,26 @@ class Encoder:
         vocab = self._config.decoder.vocab
         if ids.min() < 0 or ids.max() >= vocab:
             raise BadSample("other", f"sample {name}: has token {int(ids.max())}, the vocabulary {vocab}")
+        _check_text(name, np.isin(ids, self._family.visual_ids(self._config)))
         return Encoded(ids, np.ones(len(ids), dtype=bool), ())
+
+
+def _check_text(name: str, visual_T: np.ndarray) -> None:
+    """Raises BadSample when tokens stand for an image, whole or cut: text that is tokenized already brings none, so
+    that placeholders would be learned as words."""
+    if not visual_T.any():
+        return
+    ends = np.flatnonzero(np.diff(visual_T, prepend=False, append=False)).tolist()
+    start, stop = ends[0], ends[1]
+    cut = [" that begins before the sample"] * (start == 0) + [" that goes on after it"] * (stop == len(visual_T))
+    borders = [0, *ends, len(visual_T)]
+    first, last = max(zip(borders[::2], borders[1::2], strict=True), key=lambda text: text[1] - text[0])
+    raise BadSample(
+        "other",
+        f"sample {name}: tokens [{start}, {stop}) stand for an image or video{' and one'.join(cut)}, but tokenized "
+        "text brings none; give the conversation with its images instead, or leave the image out: the longest text "
+        f"in it is tokens [{first}, {last})",
+    )
 
 
 def part_of(record: Record, first: int, last: int) -> Record:

@@ -205,10 +205,14 @@ class Planner:
             after=after,
         )
 
+    @property
+    def _unit(self) -> int:
+        """What context and sequence parallelism divide token rows by."""
+        return self.layout.ring * self.layout.ulysses * self.layout.tp
+
     def _rows(self, tokens: int) -> int:
-        """Token rows padded to what context and sequence parallelism divide."""
-        unit = self.layout.ring * self.layout.ulysses * self.layout.tp
-        return -(-tokens // unit) * unit
+        """Token rows, padded to divide."""
+        return -(-tokens // self._unit) * self._unit
 
     def _check_samples(self) -> None:
         samples, bins = self.batch.samples or 0, self.layout.dp * self._per_rank
@@ -222,11 +226,13 @@ class Planner:
             raise UserError(f"batch.samples: {samples} is more than the {there} samples there are; lower it")
 
     def _check_tokens(self, capacity: int) -> None:
-        if capacity % self.layout.tp:
-            down = capacity // self.layout.tp * self.layout.tp
+        if capacity % self._unit:
+            layout = self.layout
+            axes = {"ring": layout.ring, "ulysses": layout.ulysses, "tp": layout.tp}
+            by = " · ".join(f"parallel.{name}={size}" for name, size in axes.items() if size > 1)
             raise UserError(
-                f"batch.pack: {capacity} tokens do not divide by parallel.tp={self.layout.tp}, so that a full pack "
-                f"would be padded beyond it; use {down or self.layout.tp}"
+                f"batch.pack: {capacity} tokens do not divide by {by}, so that a full pack would be padded beyond it; "
+                f"use {capacity // self._unit * self._unit or self._unit}"
             )
         there = 0
         for source in (one for one in self.sources if one.weight):

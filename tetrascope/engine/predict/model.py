@@ -82,6 +82,7 @@ class Model:
             below = below or f"layers.{i}" in self.learning
         self.below_head = below or "norm" in self.learning
         self._sizes: dict[int, Sizes] = {}
+        self._frozen: dict[Cut, int] = {}
 
     def sizes(self, tp: int) -> Sizes:
         """What a tensor-parallel rank holds of every part."""
@@ -92,7 +93,9 @@ class Model:
 
     def frozen_chunks(self, cut: Cut) -> int:
         """How many of the first chunks compute no gradients: nothing in them or before them is trained."""
-        return first_trained(cut, self.modules)
+        if cut not in self._frozen:
+            self._frozen[cut] = first_trained(cut, self.modules)
+        return self._frozen[cut]
 
     def layer_kind(self, layer: int) -> tuple[bool, bool]:
         """Whether a decoder layer is trained, and whether anything before it is."""

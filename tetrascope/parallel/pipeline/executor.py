@@ -1,9 +1,10 @@
 """Runs this stage's part of any valid schedule.
 
 Shapes come from the caller, who has them from the step plan: nothing is negotiated between the stages. A receive is
-posted before it is needed, one ahead on every channel, and a send is not waited for, so that transfers run beside the
-computation. A channel is what one stage sends another in one direction through the model; transfers carry no names,
-the validator has proven that they come in the order in which they are wanted.
+posted before it is needed, one ahead on every channel, as soon as its sender waits for nothing more of this stage; a
+send is not waited for. So transfers run beside the computation. A channel is what one stage sends another in one
+direction through the model; transfers carry no names, the validator has proven that they come in the order in which
+they are wanted.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tetrascope.parallel.mesh import Mesh
 from tetrascope.parallel.pipeline.actions import Kind, Schedule
@@ -46,47 +48,66 @@ class _Link:
     ) -> None:
         self._mesh, self._shapes, self._dtype = mesh, shapes, dtype
         self._stage = mesh.index("pp")
-        self._wanted: dict[_Channel, deque[int]] = defaultdict(deque)
+        self._wanted: dict[_Channel, deque[Instruction]] = defaultdict(deque)
         for one in instructions:
             if one.source is not None and one.source != self._stage:
-                self._wanted[one.forward, one.source].append(one.action.micro_batch)
+                self._wanted[one.forward, one.source].append(one)
         self._posted: dict[_Channel, tuple[dist.Work | None, Tensor]] = {}
-        self._in_flight: list[tuple[dist.Work, Tensor]] = []
-        for channel in self._wanted:
-            self._post(channel)
+        self._sent: dict[_Channel, deque[tuple[dist.Work | None, Tensor]]] = defaultdict(deque)
+        self._gone: dict[_Channel, int] = defaultdict(int)
+        self.post(0)
 
-    def _post(self, channel: _Channel) -> None:
-        """Posts the channel's next receive, if there is one."""
-        if not self._wanted[channel]:
-            return
+    def post(self, done: int) -> None:
+        """Posts the next receive of every channel on which none is posted, if it is certain to come.
+
+        done: how many instructions this stage has done. A receive that still depends on a later one is not posted: on a
+        GPU it is a kernel that runs until it is answered, and whatever makes this process wait for the whole device
+        before that instruction (memory given back, code loaded at its first use) would then wait for ever.
+        """
+        self._done = done
+        for channel, wanted in self._wanted.items():
+            if channel not in self._posted and wanted and wanted[0].after <= done:
+                self._post(channel, wanted.popleft())
+
+    def _post(self, channel: _Channel, one: Instruction) -> None:
         forward, source = channel
-        shape = self._shapes[self._wanted[channel].popleft()]
-        tensor = torch.empty(shape, dtype=self._dtype, device=self._mesh.device)
+        tensor = torch.empty(self._shapes[one.action.micro_batch], dtype=self._dtype, device=self._mesh.device)
         group = self._mesh.channel(forward, rising=source < self._stage)
         self._posted[channel] = dist.irecv(tensor, self._mesh.stage_rank(source), group=group), tensor
 
-    def receive(self, forward: bool, source: int) -> Tensor:
-        """Waits for the channel's next tensor."""
-        work, tensor = self._posted.pop((forward, source))
+    def receive(self, one: Instruction, source: int) -> Tensor:
+        """Waits for what an instruction needs from another stage, the next tensor of its channel."""
+        work, tensor = self._posted.pop((one.forward, source))
         if work is not None:
             work.wait()
-        self._post((forward, source))
+        for forward, count in zip((False, True), one.taken, strict=True):
+            self._let_go((forward, source), count)
+        self.post(self._done)
         return tensor
 
     def send(self, tensor: Tensor, forward: bool, target: int) -> None:
         """Posts a send; the tensor is kept until it has left."""
-        self._in_flight = [(work, kept) for work, kept in self._in_flight if not work.is_completed()]
         tensor = tensor.detach().contiguous()
         group = self._mesh.channel(forward, rising=target > self._stage)
         work = dist.isend(tensor, self._mesh.stage_rank(target), group=group)
-        if work is not None:
-            self._in_flight.append((work, tensor))
+        self._sent[forward, target].append((work, tensor))
+
+    def _let_go(self, channel: _Channel, count: int) -> None:
+        """Keeps no longer the first so many that a channel has sent. They have been received: nothing is waited for.
+
+        Asking whether they have left would not do: gloo does not know before it is waited for, and a process that is
+        ahead of its GPU would find all of them on their way.
+        """
+        while self._gone[channel] < count:
+            work, _ = self._sent[channel].popleft()
+            if work is not None:
+                work.wait()
+            self._gone[channel] += 1
 
     def finish(self) -> None:
         """Waits for all sends."""
-        for work, _ in self._in_flight:
-            work.wait()
-        self._in_flight.clear()
+        for channel, sent in self._sent.items():
+            self._let_go(channel, self._gone[channel] + len(sent))
 
 
 class _Stage:
@@ -95,7 +116,7 @@ class _Stage:
     def __init__(self, compute: Compute, link: _Link, mesh: Mesh) -> None:
         self._compute, self._link, self._mesh = compute, link, mesh
         self._stage = mesh.index("pp")
-        self._alive: dict[_Place, tuple[Payload, Payload, Tensor | None]] = {}
+        self._alive: dict[_Place, tuple[Payload, tuple[GradientEdge | None, ...], GradientEdge | None]] = {}
         self._outputs: dict[_Place, Payload] = {}  # for the next chunk, on this stage
         self._gradients: dict[_Place, tuple[Tensor | None, ...]] = {}  # of a chunk's output, from this stage
         self._waiting: dict[_Place, list[WeightGradient]] = {}
@@ -107,7 +128,7 @@ class _Stage:
         if one.source is None:
             return ()
         if one.source != self._stage:
-            tensor = self._link.receive(one.forward, one.source)
+            tensor = self._link.receive(one, one.source)
             return (tensor.requires_grad_(one.trained_before),) if one.forward else (tensor,)
         if not one.forward:
             return self._gradients.pop((m, chunk))
@@ -133,7 +154,8 @@ class _Stage:
         if loss is not None:
             self.losses[place] = loss.detach()
         if one.trained:
-            self._alive[place] = inputs, outputs, loss
+            # Where the backward begins, without the outputs themselves: no gradient needs their values.
+            self._alive[place] = inputs, tuple(map(_edge, outputs)), None if loss is None else _edge(loss)
         if one.target == self._stage:
             self._outputs[place] = outputs
         elif one.target is not None:
@@ -141,13 +163,13 @@ class _Stage:
 
     def _backward(self, one: Instruction, place: _Place, gradients: tuple[Tensor | None, ...]) -> None:
         inputs, outputs, loss = self._alive.pop(place)
-        roots = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if grad is not None]
+        # An output without an edge, such as that of text where the adaptor alone is trained, gets a gradient in vain.
+        given = zip(outputs, gradients, strict=True)
+        roots = [(edge, grad) for edge, grad in given if edge is not None and grad is not None]
         if loss is not None:
-            roots.append((loss, torch.ones_like(loss)))
-        # An output without a gradient, such as that of text where the adaptor alone is trained, gets one in vain.
-        roots = [(out, grad) for out, grad in roots if out.requires_grad]
+            roots.append((loss, torch.ones_like(self.losses[place])))
         if roots:
-            torch.autograd.backward([out for out, _ in roots], [grad for _, grad in roots])
+            torch.autograd.backward([edge for edge, _ in roots], [grad for _, grad in roots])
         m, chunk = place
         if one.target == self._stage:
             self._gradients[m, chunk - 1] = tuple(tensor.grad for tensor in inputs)
@@ -157,6 +179,11 @@ class _Stage:
                     f"rank {self._mesh.rank}: no gradient for the input of micro-batch {m}, chunk {chunk}"
                 )
             self._link.send(inputs[0].grad, False, one.target)
+
+
+def _edge(tensor: Tensor) -> GradientEdge | None:
+    """A tensor's place in the graph; None where it is in none."""
+    return get_gradient_edge(tensor) if tensor.requires_grad else None
 
 
 def connect(placement: Placement, mesh: Mesh) -> None:
@@ -195,11 +222,12 @@ def execute(
     stage = _Stage(compute, link, mesh)
     splits = any(one.action.kind is Kind.BACKWARD_WEIGHT for one in instructions)
     with split_backward() if splits else nullcontext():
-        for one in instructions:
+        for done, one in enumerate(instructions, start=1):
             asked = recorder.mark() if recorder else 0.0
             fetched = stage.fetch(one)
             start = recorder.mark() if recorder else 0.0
             stage.run(one, fetched)
+            link.post(done)
             if recorder:
                 recorder.add(one.action, asked, start, recorder.mark())
     link.finish()

@@ -1,8 +1,8 @@
 """The linear layer, whose gradient of the weights can be put off (arXiv 2401.10241 §2).
 
 Under `split_backward()` linears keep what they need so that, under `put_off(waiting)`, a backward computes gradients of
-inputs only and leaves those of weights in `waiting`. Nothing else has weights of that size: norms, biases and
-embeddings get their gradients at once.
+inputs only and leaves those of weights in `waiting`. Norms, biases and embeddings get their gradients at once, and so
+does an output head that computes loss and gradients in one (fused_loss.py).
 """
 
 from __future__ import annotations
@@ -60,18 +60,19 @@ def put_off(waiting: list[WeightGradient]) -> Iterator[None]:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x)
+        # Only the weight's gradient needs the input; a frozen weight has none.
+        ctx.save_for_backward(*[x] if ctx.needs_input_grad[1] else [])  # type: ignore[attr-defined]
         ctx.weight = weight  # type: ignore[attr-defined]
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
         weight: Tensor = ctx.weight  # type: ignore[attr-defined]
         of_input, of_weight, of_bias = ctx.needs_input_grad  # type: ignore[attr-defined]
         rows = grad.flatten(0, -2)
         grad_weight = None
         if of_weight:
+            (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
             later = WeightGradient(weight, x.flatten(0, -2), rows)
             if _State.waiting is None:
                 grad_weight = later.gradient.t() @ later.input

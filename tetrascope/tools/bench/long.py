@@ -48,23 +48,26 @@ def balances(packs: Sequence[Sequence[int]], ring: int) -> list[float]:
     return [shard_tokens(lengths, ring, 1).balance for lengths in packs]
 
 
-def memory_table(job: Job, found: Sequence[tuple[str, Sequence[RankMemory]]]) -> Table:
-    """One row for each number of ranks. The peak is that of the rank that has most."""
+def memory_table(found: Sequence[tuple[Job, Sequence[RankMemory]]]) -> Table:
+    """One row for each job. The peak is that of the rank that has most; `ranks × peak` relative to the first row's."""
+    job = found[0][0]
     tokens = sum(content.tokens for content in job.contents)
     about = f"{job.layers} layers, {job.heads}/{job.kv_heads} heads, width {job.width}, recompute {job.recompute}"
-    table = Table(title=f"{tokens:,} tokens; {about}, loss_rows {job.loss_rows}, mlp_rows {job.mlp_rows}")
-    for column in ("ranks", "peak, MiB", "ranks × peak", "state, MiB", "batch, MiB", "sent by attention, MiB", "loss"):
+    table = Table(title=f"{tokens:,} tokens; {about}, loss_rows {job.loss_rows}, mlp_rows {job.mlp_rows}; MiB")
+    for column in ("ranks", "ring", "Ulysses", "peak", "ranks × peak", "state", "batch", "sent", "loss"):
         table.add_column(column, justify="right")
     one = max(r.peak for r in found[0][1]) * len(found[0][1])
-    for name, ranks in found:
+    for here, ranks in found:
         peak = max(r.peak for r in ranks)
         sizes = (ranks[0].state, max(r.batch for r in ranks), max(sum(r.sent.values()) for r in ranks))
         table.add_row(
-            name,
+            str(len(ranks)),
+            str(here.ring),
+            str(here.ulysses),
             f"{peak / 2**20:.1f}",
             f"{peak * len(ranks) / one:.3f}",
             *(f"{size / 2**20:.1f}" for size in sizes),
-            f"{ranks[0].loss:.6f}",
+            f"{ranks[0].loss:.5f}",
         )
     return table
 
@@ -77,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, help="of the pack (65536), or of the video (262144)")
     parser.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks; memory: 1 2 4 8, video: 8")
     parser.add_argument(
-        "--ulysses", type=int, default=1, help="at most so many of them in a Ulysses group, not the ring"
+        "--ulysses", type=int, default=1, help="ranks of a Ulysses group, at most; the rest is the ring"
     )
     parser.add_argument("--kv-heads", type=int, default=1, help="key heads of the model with 4 heads (memory)")
     parser.add_argument("--whole", action="store_true", help="logits and MLPs whole, for comparison (memory)")
@@ -100,11 +103,9 @@ def _memory(given: argparse.Namespace, console: Console) -> None:
     with WorkerPool(max(ranks)) as pool:
         for count in ranks:
             ring, ulysses = _degrees(count, given.ulysses, job)
-            measured = pool.run(
-                train_step, replace(job, ring=ring, ulysses=ulysses), world=count, timeout=given.timeout
-            )
-            found.append((f"ring {ring} × Ulysses {ulysses}", measured))
-    console.print(memory_table(job, found))
+            here = replace(job, ring=ring, ulysses=ulysses)
+            found.append((here, pool.run(train_step, here, world=count, timeout=given.timeout)))
+    console.print(memory_table(found))
 
 
 def _degrees(ranks: int, ulysses: int, job: Job) -> tuple[int, int]:

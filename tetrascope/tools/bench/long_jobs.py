@@ -57,8 +57,8 @@ class Content:
 
 @dataclass(frozen=True)
 class Job:
-    """A step. layers: of the decoder. width: hidden; heads: of queries, of width / heads numbers each; kv_heads: of keys.
-    loss_rows, mlp_rows, recompute: as in `train`."""
+    """A step. layers: of the decoder. width: hidden. heads: of queries, of width / heads numbers each; kv_heads: of
+    keys. loss_rows, mlp_rows, recompute: as in `train`."""
 
     contents: tuple[Content, ...]
     ring: int
@@ -93,8 +93,8 @@ class Job:
 class RankMemory:
     """One rank's step. Bytes. state: parameters, gradients, optimizer. batch: its part of the micro-batch. peak: of
     other tensors alive at a time. resident: most that the process took of the system (VmHWM), before: at the start of
-    the job. sent: by attention, by kind of transfer. balance: attention work of the busiest ring rank over the mean. rows: of tokens;
-    patches: rows that it encodes."""
+    the job. sent: by attention, by kind of transfer. balance: attention work of the busiest ring rank over the mean.
+    rows: of tokens; patches: rows that it encodes."""
 
     state: int
     batch: int

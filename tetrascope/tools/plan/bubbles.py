@@ -32,6 +32,7 @@ from tetrascope.engine.predict import (
     prepare,
 )
 from tetrascope.engine.recompute import Recompute
+from tetrascope.errors import UserError
 from tetrascope.models.family import get_family
 from tetrascope.models.internvl.config import InternViTShape, InternVLConfig, InternVLDecoder, tiled
 from tetrascope.models.media import Media
@@ -172,21 +173,30 @@ class Study:
 
     def from_costs(
         self, placement: Placement, start: Sequence[int], most: float, effort: int
-    ) -> tuple[Timeline, list[int]]:
-        """Schedule and cut made from costs, with at most so many bytes on any stage."""
+    ) -> tuple[Timeline, list[int]] | None:
+        """Schedule and cut made from costs, with at most so many bytes on any stage; None where there is no room."""
 
-        def run(counts: Sequence[int], effort: int, capped: bool = True) -> Timeline:
+        def run(counts: Sequence[int], effort: int, capped: bool = True) -> Timeline | None:
             cut, prepared = self.prepared(placement, counts, vision_chunk=True)
             caps = [most - held.static - held.workspace_bytes for held in prepared.static] if capped else None
-            schedule = cost_schedule(
-                cut.placement, len(self.shapes), prepared.costs, caps, prepared.frozen, True, effort=effort
-            )
+            try:
+                schedule = cost_schedule(
+                    cut.placement, len(self.shapes), prepared.costs, caps, prepared.frozen, True, effort=effort
+                )
+            except UserError:
+                return None  # not even one micro-batch at a time fits
             return simulate(schedule, prepared.costs)
 
+        def seconds(counts: Sequence[int], effort: int, capped: bool = True) -> float:
+            timeline = run(counts, effort, capped)
+            return float("inf") if timeline is None else timeline.makespan
+
         # First for the fixed schedules, which are quickly made, then for a few of those that memory allows.
-        counts = search_split(list(start), lambda counts: run(counts, 0, capped=False).makespan)
-        counts = search_split(counts, lambda counts: run(counts, effort // 6).makespan, tries=TRIES)
-        return run(counts, effort), counts
+        fast = search_split(list(start), lambda counts: seconds(counts, 0, capped=False))
+        feasible = min((fast, list(start)), key=lambda counts: seconds(counts, 0))
+        counts = search_split(feasible, lambda counts: seconds(counts, effort // 6), tries=TRIES)
+        timeline = run(counts, effort)
+        return None if timeline is None else (timeline, counts)
 
     def bubbles(self, effort: int = 60) -> Bubbles:
         """All schedules of this case."""
@@ -201,8 +211,9 @@ class Study:
         tried = []
         for words, placement in (("", loop(stages)), ("loop ", loop(stages, 2)), ("fold ", fold(stages))):
             start = even(self.layers, len(placement))
-            timeline, counts = self.from_costs(placement, start, most, effort)
-            tried.append((timeline.bubble_share, words + " ".join(map(str, counts))))
+            found = self.from_costs(placement, start, most, effort)
+            if found is not None:
+                tried.append((found[0].bubble_share, words + " ".join(map(str, found[1]))))
         return Bubbles(equal.bubble_share, hand.bubble_share, tried[0][0], *min(tried), self.limit())
 
     def limit(self) -> float:

@@ -38,8 +38,8 @@ from tetrascope.parallel.pipeline.simulator import Costs, simulate
 from tetrascope.tools.plan.space import FIXED, RECOMPUTE, Pipelining
 from tetrascope.tools.plan.workload import MicroBatches, Workload
 
-ROUNDS = 3
-"""Micro-batches that a step is weighed by, for each stage, if it has more: its time is then known to about 5 %."""
+ROUNDS, LEAST = 3, 16
+"""Micro-batches that a step is weighed by, for each stage and in all: its time is then known to about 5 %."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Weights:
 
     def variants(self, layout: Layout, batch: BatchSection, samples: MicroBatches) -> list[Variant]:
         """With and without recomputation."""
-        some, scale = self._some(samples, ROUNDS * layout.pp)
+        some, scale = self._some(samples, max(LEAST, ROUNDS * layout.pp))
         shapes = tuple(MicroBatchShape.of(infos, layout) for infos in some)
         found = []
         for recompute in RECOMPUTE:

@@ -63,7 +63,7 @@ ROWS = (
     Row(Layout(tp=2, pp=2), 4, "cost", recompute="full"),
     Row(Layout(ring=2), 2, "1f1b"),
     Row(Layout(ulysses=2), 2, "1f1b"),
-    Row(Layout(ring=2, ulysses=2), 3, "1f1b", recompute="full"),
+    Row(Layout(ring=2, ulysses=2), 3, "1f1b", recompute="full", loss_rows=16, mlp_rows=16),
     Row(Layout(ring=2, tp=2, pp=2), 3, "zb-v"),
     Row(Layout(ulysses=2, dp=2, pp=2), 2, "cost"),
 )

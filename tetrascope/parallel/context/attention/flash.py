@@ -107,7 +107,7 @@ class FlashAttention3:
 
 
 class FlashAttention4:
-    """flash-attn 4 (CuTe), for Hopper and Blackwell: flash_attn.cute.interface. Its kernels are compiled at first use."""
+    """flash-attn 4 (CuTe), for Hopper and Blackwell: flash_attn.cute.interface. Kernels are compiled at first use."""
 
     def available(self, device: torch.device, dtype: torch.dtype) -> bool:
         return generation(device, dtype) >= (9, 0) and installed("flash_attn.cute.interface")
