@@ -214,9 +214,7 @@ def test_a_failure_of_all_ranks_keeps_the_processes(pool: WorkerPool) -> None:
     assert pids(pool) == before
 
 
-def test_ranks_that_go_on_after_a_failure_get_a_short_grace(
-    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_that_go_on_after_a_failure_get_a_short_grace(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tetrascope.tools.verify.pool.GRACE_SECONDS", 0.5)
     before = pids(pool)
     start = time.perf_counter()
