@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from tetrascope.engine import flops
 from tetrascope.engine.data.collate import MicroBatch, SharedPack, collate
 from tetrascope.engine.data.document import ContextPlace, Document
-from tetrascope.engine.data.vision import FeatureExchange, encoded_here
+from tetrascope.engine.data.vision import FeatureExchange, encoded_here, visual_sharding
 from tetrascope.models.qwen2_vl import FAMILY
+from tetrascope.parallel.context.visual import shard_visual
+from tetrascope.tools.verify.families import qwen2_5_vl, qwen2_vl
 from tetrascope.tools.verify.families.qwen2_vl import CONTENTS, make_document, tiny_config
 
 CONFIG = tiny_config()
@@ -136,3 +141,15 @@ def test_what_a_rank_does_not_encode_it_need_not_read(ring: int, ulysses: int, t
             other = collated(hole, place, tp, t).inputs.vision
             assert other is not None and not torch.equal(other.patches_NP, expected.patches_NP)
     assert readers < sum(map(bool, media)) * place.ranks * tp
+
+
+@pytest.mark.parametrize("other", [qwen2_vl, qwen2_5_vl], ids=lambda family: family.__name__.rpartition(".")[2])
+def test_units_are_weighed_by_their_work(other: Any) -> None:
+    """Multiply-adds of encoder and adaptor, as they are counted elsewhere, for pictures and for frames of a video."""
+    config = other.tiny_config()
+    media = [one for grid in ((1, 8, 6), (4, 4, 6)) for one in other.make_document(config, (2, grid), 0).media]
+    with mock.patch("tetrascope.engine.data.vision.shard_visual", wraps=shard_visual) as divided:
+        visual_sharding(media, config, 2)
+    rows, _, costs, _ = divided.call_args.args
+    assert len(rows) == 5 and 2 * sum(costs) == pytest.approx(flops.vision_forward(config, media))
+    assert 2 * costs[0] == pytest.approx(flops.vision_forward(config, media[:1]))

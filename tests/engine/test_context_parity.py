@@ -27,7 +27,11 @@ from tetrascope.tools.verify.pool import WorkerPool
 from tetrascope.tools.verify.run import global_batches, planner
 
 FROZEN = ModuleSettings(frozen=True)
-MODULES = {"trained": {}, "adaptor alone": {"vision": FROZEN, "language": FROZEN, "embeddings": FROZEN}}
+MODULES = {
+    "trained": {},
+    "adaptor alone": {"vision": FROZEN, "language": FROZEN, "embeddings": FROZEN},
+    "vision frozen": {"vision": FROZEN, "adaptor": FROZEN},
+}
 DEGREES = [(1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (2, 4), (4, 2)]
 
 
@@ -45,6 +49,13 @@ def test_degrees(pool: WorkerPool, ring: int, ulysses: int, modules: str, micro_
     verdict = verify_row(
         pool, "context", case, expected, Row(Layout(ring=ring, ulysses=ulysses), micro_batches, "1f1b")
     )
+    assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize(("ring", "ulysses"), [(1, 2), (2, 1)])
+def test_a_frozen_encoder_gets_no_gradients_back(pool: WorkerPool, ring: int, ulysses: int) -> None:
+    case, expected = _reference("vision frozen")
+    verdict = verify_row(pool, "context", case, expected, Row(Layout(ring=ring, ulysses=ulysses), 8, "1f1b"))
     assert verdict.passed, verdict
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tetrascope.engine.config import BatchSection, ModuleSettings, OptimizerSect
 from tetrascope.engine.modules import family_modules
 from tetrascope.engine.pipeline import Pipeline, Workload, make_pipeline
 from tetrascope.engine.plan import Planner, SampleInfo
-from tetrascope.engine.predict import Model, load_hardware
+from tetrascope.engine.predict import Candidate, MicroBatchShape, Model, load_hardware, prepare
 from tetrascope.engine.step_schedule import StepSchedules
 from tetrascope.errors import UserError
 from tetrascope.models.qwen2_vl import FAMILY
@@ -23,6 +24,7 @@ from tetrascope.parallel.pipeline.validator import validate
 from tetrascope.tools.verify.families.qwen2_vl import tiny_config
 
 CONFIG = tiny_config(layers=12)
+TIED = tiny_config(layers=12, tied=True)
 FROZEN_VISION = {"vision": ModuleSettings(frozen=True), "adaptor": ModuleSettings(frozen=True)}
 ALL_BUT_HEAD = {**FROZEN_VISION, "language": ModuleSettings(frozen=True), r"embed\..*": ModuleSettings(frozen=True)}
 
@@ -57,6 +59,39 @@ def test_where_chunks_lie(parallel: dict[str, Any], placement: tuple[int, ...]) 
     assert (found.schedule is None) == (parallel["schedule"] == "cost")
     if found.schedule:
         validate(found.schedule, 4)
+
+
+def lines_of(placement: tuple[int, ...]) -> str:
+    """A schedule of four micro-batches with chunks on these stages, one chunk after the other."""
+    lines: list[list[str]] = [[] for _ in range(max(placement) + 1)]
+    chunks = list(enumerate(placement))
+    for kind, order in (("F", chunks), ("B", chunks[::-1])):
+        for chunk, stage in order:
+            lines[stage] += [f"{kind}{m}c{chunk}" for m in range(4)]
+    return "\n".join(map(" ".join, lines))
+
+
+@pytest.mark.parametrize(
+    ("placement", "config", "vision_chunk", "message"),
+    [
+        ((0, 2, 1), CONFIG, None, None),
+        ((0, 1, 2, 0), TIED, None, None),
+        ((0, 0, 1), CONFIG, True, None),
+        ((1, 0), CONFIG, None, r"chunk 0 on stage 1; it reads the images, .* stage 0"),
+        ((0, 1, 0), CONFIG, True, r"chunk 1 on stage 1; it holds the token embedding"),
+        ((0,), CONFIG, True, r"parallel.vision_chunk: .*own.txt has one chunk"),
+        ((0, 2, 1), TIED, None, r"last chunk on stage 1; its output head .* stage 0 or 2"),
+    ],
+)
+def test_where_the_ends_of_the_model_may_be(
+    tmp_path: Path, placement: tuple[int, ...], config: Any, vision_chunk: bool | None, message: str | None
+) -> None:
+    file = tmp_path / "own.txt"
+    file.write_text(lines_of(placement))
+    options = ParallelSection(pp=max(placement) + 1, schedule=str(file), vision_chunk=vision_chunk)
+    modules = family_modules(FAMILY, config, OptimizerSection(lr=1))
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        assert make_pipeline(FAMILY, config, options, modules, Workload(4)).cut.placement == placement
 
 
 def test_explicit_layers() -> None:
@@ -131,9 +166,9 @@ def test_what_cannot_be(parallel: dict[str, Any], message: str) -> None:
         made(pp=2, **parallel)
 
 
-def schedules(memory: float | None) -> tuple[StepSchedules, Planner]:
-    pipeline = made(pp=2, schedule="cost")
-    options = family_modules(FAMILY, CONFIG, OptimizerSection(lr=1))
+def schedules(memory: float | None, modules: dict[str, ModuleSettings] | None = None) -> tuple[StepSchedules, Planner]:
+    pipeline = made(pp=2, schedule="cost", modules=modules)
+    options = family_modules(FAMILY, CONFIG, OptimizerSection(lr=1, modules=modules or {}))
     infos = [SampleInfo(40 * n, 10, (CONFIG.typical,) * (n % 3)) for n in range(1, 9)]
     layout = ParallelSection(pp=2).layout()
     planner = Planner.single(infos, 0, layout, BatchSection(samples=8, micro_batches=4))
@@ -154,6 +189,23 @@ def test_cost_schedules_differ_from_step_to_step_and_are_those_of_all_ranks() ->
         plain = with_vision_chunk(GENERATORS["1f1b"](2, 4))
         assert simulate(schedule, costs).makespan <= simulate(plain, costs).makespan
         assert max(simulate(schedule, costs).peak_bytes) <= max(simulate(plain, costs).peak_bytes)
+
+
+def test_a_frozen_encoder_has_no_backward_in_a_step() -> None:
+    ours, planner = schedules(None, FROZEN_VISION)
+    schedule = ours.of(planner.plan(0), 0)
+    validate(schedule, 4, frozen=1)
+    assert {action.kind for actions in schedule for action in actions if action.chunk == 0} == {Kind.FORWARD}
+
+
+def test_costs_are_those_of_the_planned_micro_batches() -> None:
+    ours, planner = schedules(None)
+    plan, layout = planner.plan(0), ParallelSection(pp=2).layout()
+    micros = [[planner.info(plan.draws[i]) for i in micro.samples] for micro in plan.micro_batches[0]]
+    shapes = [MicroBatchShape.of(samples, layout) for samples in micros]
+    model = Model(FAMILY, CONFIG, family_modules(FAMILY, CONFIG, OptimizerSection(lr=1)), "float32")
+    candidate = Candidate(layout, made(pp=2, schedule="cost").cut, "cost", "none")
+    assert ours.costs(plan, 0) == prepare(model, candidate, shapes, load_hardware("cpu")).costs
 
 
 def test_memory_that_nothing_fits_in() -> None:

@@ -6,15 +6,17 @@ The oracle of these tests is the trainer itself on one rank, which the parity te
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from tests.engine.train_jobs import folder_of_its_own, resume_line, run_steps, see_less
+from tests.engine.train_jobs import another_profile, folder_of_its_own, resume_line, run_steps, see_less
 from tests.tiny import write_config
 from tetrascope.engine.config import load_config
+from tetrascope.engine.predict import load_hardware, save_hardware
 from tetrascope.engine.setup import open_data, prepare
 from tetrascope.tools.checkpoint_convert.native_to_hf import native_to_hf
 from tetrascope.tools.verify.pool import RankFailure, WorkerPool
@@ -229,6 +231,19 @@ def test_unreadable_image_is_skipped_on_all_ranks(pool: WorkerPool, config: Path
     assert _losses(one) != pytest.approx(_losses(clean), rel=1e-4)
 
 
+@pytest.mark.parametrize("degree", ["ring", "ulysses"])
+def test_an_unreadable_image_under_context_parallelism(
+    pool: WorkerPool, config: Path, tmp_path: Path, degree: str
+) -> None:
+    """Only one of the ranks that share the sample finds out; what they send each other must not change."""
+    _truncate(tmp_path, "7.png")
+    some = ["data.max_bad_samples=5", "data.shuffle=false"]
+    one = run_in(pool, config, tmp_path / "one", some, 1, stop=1)
+    shared = run_in(pool, config, tmp_path / "shared", [*some, f"parallel.{degree}=2"], 2, stop=1)
+    assert shared[-1]["skipped_names"] == one[-1]["skipped_names"] != []
+    assert _losses(shared) == pytest.approx(_losses(one), rel=RELATIVE)
+
+
 def test_what_is_left_of_a_step_with_an_unreadable_image(pool: WorkerPool, config: Path, tmp_path: Path) -> None:
     """The oracle: the losses of the readable samples alone, weighed by hand. Another sample dropped would show."""
     fixed = ["data.shuffle=false", "optimizer.lr=1e-30", "data.max_bad_samples=5"]
@@ -257,3 +272,11 @@ def test_bfloat16_follows_float32(pool: WorkerPool, config: Path, tmp_path: Path
     assert _losses(half) == pytest.approx(_losses(exact), rel=2**-7)
     fall = _losses(exact)[0] - _losses(exact)[-1]
     assert _losses(half)[0] - _losses(half)[-1] == pytest.approx(fall, rel=0.25)
+
+
+def test_ranks_that_read_other_hardware_files_refuse(pool: WorkerPool, config: Path) -> None:
+    for rank, nodes in enumerate((8, 4)):
+        found = replace(load_hardware("cpu"), gpus_per_node=nodes)
+        save_hardware(found, config.parent / f"{rank}.yaml")
+    with pytest.raises(RankFailure, match=r"parallel\.hardware: not every rank reads the same profile as rank 0"):
+        pool.run(another_profile, config, ["parallel.pp=2"], world=2)

@@ -67,3 +67,13 @@ def trace_steps(config: Path, overrides: list[str], steps: int) -> None:
     while trainer.step_number < steps + 2:
         trainer.step(None)
     trainer.close()
+
+
+def another_profile(config: Path, overrides: list[str]) -> None:
+    """Starts a run in which each rank reads a hardware file of its own."""
+    own = [*overrides, f"parallel.hardware={config.parent / os.environ['RANK']}.yaml"]
+    trainer = Trainer(prepare(load_config(config, own), int(os.environ["WORLD_SIZE"])))
+    try:
+        trainer.start(resume=False)
+    finally:
+        trainer.close()

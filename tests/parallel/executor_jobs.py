@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+from unittest import mock
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tetrascope.parallel.mesh import Layout, Mesh
@@ -59,6 +64,72 @@ def make(chunks: int, frozen: int) -> list[Chunk]:
     for module in modules[:frozen]:
         module.requires_grad_(False)
     return modules
+
+
+def held(schedule: Schedule, micro_batches: int) -> tuple[list[int], list[int]]:
+    """What other stages were sent and this one still has, at each of its computations: outputs, and gradients."""
+    mesh, placement = Mesh(Layout(pp=len(schedule)), "cpu"), placement_of(schedule)
+    modules = make(len(placement), 0)
+    outputs: list[weakref.ref[object]] = []
+    gradients: list[weakref.ref[object]] = []
+    counts: tuple[list[int], list[int]] = ([], [])
+
+    def compute(chunk: int, m: int, given: Payload) -> tuple[Payload, Tensor | None]:
+        for found, kept in zip(counts, (outputs, gradients), strict=True):
+            found.append(sum(one() is not None for one in kept))
+        for x in given:
+            x.register_post_accumulate_grad_hook(lambda t: gradients.append(weakref.ref(t.grad.untyped_storage())))
+        out, loss = modules[chunk](given[0] if given else data(m))
+        if chunk == len(placement) - 1:
+            return (), loss + out.square().mean()
+        outputs.append(weakref.ref(out.untyped_storage()))
+        return (out,), loss
+
+    execute(schedule, compute, [(rows(m), WIDTH) for m in range(micro_batches)], torch.float32, mesh)
+    return counts
+
+
+def frozen_inputs(schedule: Schedule, micro_batches: int, frozen: int) -> tuple[list[int], set[tuple[int, bool]]]:
+    """How many inputs of chunks without a backward are still there at each later one; which chunks' inputs, by number,
+    require a gradient."""
+    mesh, placement = Mesh(Layout(pp=len(schedule)), "cpu"), placement_of(schedule)
+    modules = make(len(placement), frozen)
+    inputs: list[weakref.ref[object]] = []
+    counts: list[int] = []
+    learning: set[tuple[int, bool]] = set()
+
+    def compute(chunk: int, m: int, given: Payload) -> tuple[Payload, Tensor | None]:
+        if given and chunk < frozen:
+            counts.append(sum(one() is not None for one in inputs))
+            inputs.append(weakref.ref(given[0].untyped_storage()))
+        learning.update((chunk, x.requires_grad) for x in given)
+        out, loss = modules[chunk](given[0] if given else data(m))
+        return ((), loss + out.square().mean()) if chunk == len(placement) - 1 else ((out,), loss)
+
+    execute(schedule, compute, [(rows(m), WIDTH) for m in range(micro_batches)], torch.float32, mesh)
+    return counts, learning
+
+
+def posted(schedule: Schedule, micro_batches: int) -> list[int]:
+    """How many of its forwards this stage had done when it posted each receive."""
+    mesh, placement = Mesh(Layout(pp=len(schedule)), "cpu"), placement_of(schedule)
+    modules = make(len(placement), 0)
+    forwards: list[int] = []
+    found: list[int] = []
+    real = dist.irecv
+
+    def irecv(*args: Any, **kwargs: Any) -> Any:
+        found.append(len(forwards))
+        return real(*args, **kwargs)
+
+    def compute(chunk: int, m: int, given: Payload) -> tuple[Payload, Tensor | None]:
+        forwards.append(m)
+        out, loss = modules[chunk](given[0] if given else data(m))
+        return ((), loss + out.square().mean()) if chunk == len(placement) - 1 else ((out,), loss)
+
+    with mock.patch.object(dist, "irecv", irecv):
+        execute(schedule, compute, [(rows(m), WIDTH) for m in range(micro_batches)], torch.float32, mesh)
+    return found
 
 
 def pipeline(

@@ -12,7 +12,7 @@ import random
 import pytest
 import torch
 
-from tests.parallel.executor_jobs import one_process, pipeline
+from tests.parallel.executor_jobs import frozen_inputs, held, one_process, pipeline, posted
 from tetrascope.errors import UserError
 from tetrascope.parallel.pipeline.actions import Kind, Schedule, placement_of, to_text
 from tetrascope.parallel.pipeline.generators import GENERATORS
@@ -92,3 +92,25 @@ def test_what_is_recorded(pool: WorkerPool) -> None:
         assert tuple(span.action for span in spans) == schedule[stage]
         assert all(0 <= span.asked <= span.start <= span.end for span in spans)
         assert all(a.end <= b.asked for a, b in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1"])
+def test_what_was_sent_is_let_go(pool: WorkerPool, name: str) -> None:
+    # A transfer that was answered is over: only those that are under way, a pair of them a neighbour, are held.
+    micro_batches = 12
+    for outputs, gradients in pool.run(held, GENERATORS[name](3, micro_batches), micro_batches, world=3):
+        assert max(outputs, default=0) <= 4 and max(gradients, default=0) <= 4, (outputs, gradients)
+
+
+def test_nothing_is_kept_of_frozen_chunks(pool: WorkerPool) -> None:
+    schedule = without_backward(GENERATORS["gpipe"](4, 8), 2)
+    _, second, third, last = pool.run(frozen_inputs, schedule, 8, 2, world=4)
+    assert len(second[0]) == 8 and max(second[0]) <= 2
+    assert [learning for _, learning in (second, third, last)] == [{(1, False)}, {(2, False)}, {(3, True)}]
+
+
+def test_a_receive_is_posted_when_its_sender_needs_no_more(pool: WorkerPool) -> None:
+    # The first gradient comes after all three micro-batches have gone through the last stage, in any case.
+    first, last = pool.run(posted, GENERATORS["gpipe"](2, 3), 3, world=2)
+    assert first == [3, 3, 3]
+    assert last == [0, 0, 1]  # one ahead, from the start

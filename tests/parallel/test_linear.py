@@ -3,6 +3,8 @@ for."""
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,6 +77,21 @@ def test_a_frozen_weight_has_nothing_to_wait_for() -> None:
     with split_backward(), put_off(waiting):
         loss_of(linear(x, weight)).backward()
     assert waiting == [] and x.grad is not None
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_only_a_weight_that_is_trained_keeps_the_input(frozen: bool) -> None:
+    weight, bias = parameters()
+    weight.requires_grad_(not frozen)
+    given = torch.ones(2, 3, requires_grad=True)
+    with split_backward():
+        hidden = given + 1
+        kept = weakref.ref(hidden.untyped_storage())
+        out = linear(hidden, weight, bias)
+        del hidden
+    assert (kept() is None) == frozen
+    loss_of(out).backward()
+    assert given.grad is not None
 
 
 def test_without_split_backward_nothing_waits() -> None:

@@ -65,10 +65,12 @@ def make_pipeline(
 ) -> Pipeline:
     """The pipeline that a configuration asks for, proven to come to its end. Needs no process group.
 
-    Raises UserError for an unknown schedule, a schedule file that is incomplete or would deadlock, and a cut that
-    leaves a chunk empty.
+    Raises UserError for an unknown schedule, a schedule file that is incomplete, would deadlock or has chunks where
+    they cannot be, and a cut that leaves a chunk empty.
     """
     given = _from_file(options) if _is_file(options.schedule) else None
+    if given is not None:
+        _check_places(options, placement_of(given), config.decoder.tied_embeddings)
     placement = _placement(options, given)
     vision_chunk = options.schedule == COST if options.vision_chunk is None else options.vision_chunk
     counts = _given_counts(family, config, options, placement)
@@ -104,6 +106,23 @@ def _from_file(options: ParallelSection) -> Schedule:
             "each; change one of them"
         )
     return schedule
+
+
+def _check_places(options: ParallelSection, found: Placement, tied: bool) -> None:
+    """Raises UserError unless the ends of the model lie where the engine reads images and sums tied embeddings."""
+    if options.vision_chunk and len(found) < 2:
+        raise UserError(f"parallel.vision_chunk: {options.schedule} has one chunk, the encoder alone; set it to false")
+    for chunk, what in [(0, "reads the images"), *([(1, "holds the token embedding")] if options.vision_chunk else [])]:
+        if found and found[chunk] != 0:
+            raise UserError(
+                f"parallel.schedule: {options.schedule} has chunk {chunk} on stage {found[chunk]}; it {what}, which is "
+                "done on stage 0: exchange the lines"
+            )
+    if tied and found and found[-1] not in (0, options.pp - 1):
+        raise UserError(
+            f"parallel.schedule: {options.schedule} has the last chunk on stage {found[-1]}; its output head is the "
+            f"token embedding (tied), so that it has to be on stage 0 or {options.pp - 1}"
+        )
 
 
 def _placement(options: ParallelSection, given: Schedule | None) -> Placement:

@@ -36,7 +36,7 @@ class StepSchedules:
         memory: float | None,
         info: Callable[[Draw], SampleInfo],
     ) -> None:
-        self._pipeline, self._model, self._hardware, self._info = pipeline, model, hardware, info
+        self._pipeline, self._model, self.hardware, self._info = pipeline, model, hardware, info
         self._candidate = Candidate(layout, pipeline.cut, "cost", recompute)
         self._memory = memory
 
@@ -70,7 +70,7 @@ class StepSchedules:
             for micro in plan.micro_batches[dp]
             for infos in [[self._info(plan.draws[place]) for place in micro.samples]]
         ]
-        return prepare(self._model, self._candidate, shapes, self._hardware).costs
+        return prepare(self._model, self._candidate, shapes, self.hardware).costs
 
 
 def step_schedules(setup: Setup, info: Callable[[Draw], SampleInfo]) -> StepSchedules:

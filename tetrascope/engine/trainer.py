@@ -204,6 +204,19 @@ class Trainer:
         check_digests(self.data, of_rank_0[0], why)
         if not same.item():
             raise UserError(f"data: not every rank sees the same samples as rank 0: a source changed {why}")
+        self._check_profile()
+
+    def _check_profile(self) -> None:
+        """Raises UserError on all ranks when one would cut the model or order its work by another machine's profile."""
+        of_rank_0 = [self.schedules.hardware]
+        dist.broadcast_object_list(of_rank_0, src=0)
+        same = torch.tensor(float(of_rank_0[0] == self.schedules.hardware), device=self.device)
+        dist.all_reduce(same, op=dist.ReduceOp.MIN)
+        if not same.item():
+            raise UserError(
+                f"parallel.hardware: not every rank reads the same profile as rank 0 ({of_rank_0[0].name}); copy the "
+                "file to all nodes, or name a profile"
+            )
 
     def _samples(self) -> dict[str, int]:
         """Indexed samples by source."""

@@ -26,6 +26,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp3": (3, {"dp": 3}),
     "tp2 pp2 dp2": (8, {"tp": 2, "pp": 2, "dp": 2}),
     "pp2 in six chunks, dp2": (4, {"pp": 2, "dp": 2, "schedule": "interleaved", "virtual_stages": 3}),
+    "ring2 ulysses2": (4, {"ring": 2, "ulysses": 2}),
+    "ring2 pp2, a fold": (4, {"ring": 2, "pp": 2, "schedule": "cost", "placement": "fold"}),
 }
 """Ranks and options."""
 
@@ -55,20 +57,21 @@ CHAIN: list[tuple[int, list[str]]] = [
     (2, ["parallel.dp=2"]),
     (4, ["parallel.tp=2", "parallel.pp=2"]),
     (4, ["parallel.dp=4", "batch.micro_batches=1"]),
+    (4, ["parallel.ring=2", "parallel.ulysses=2"]),
     (2, ["parallel.pp=2", "parallel.split=[1,3]"]),
     (8, ["parallel.tp=2", "parallel.pp=2", "parallel.dp=2"]),
 ]
 
 
 def test_training_goes_on_from_layout_to_layout(pool: WorkerPool, tmp_path: Path) -> None:
-    """A step in each of eight layouts, each from the checkpoint of the one before, against eight steps in one process.
+    """A step in each layout, each from the checkpoint of the one before, against as many steps in one process.
 
-    Losses are equal to a few unit roundoffs (6e-8) of a loss of size 5, grown over eight steps: fp32 sums in another
+    Losses are equal to a few unit roundoffs (6e-8) of a loss of size 5, grown over nine steps: fp32 sums in another
     order. A moment that was lost or went to another tensor would change Adam's step by its whole size, lr=1e-2.
     """
-    config = write_config(tmp_path, train={"steps": 8})
+    config = write_config(tmp_path, train={"steps": len(CHAIN)})
     more = ["model.config.decoder.layers=4"]
-    whole = pool.run(run_steps, config, [*more, f"output.dir={tmp_path / 'whole'}"], 8, False, world=1)[0]
+    whole = pool.run(run_steps, config, [*more, f"output.dir={tmp_path / 'whole'}"], len(CHAIN), False, world=1)[0]
     losses = []
     for step, (world, overrides) in enumerate(CHAIN):
         options = [*more, *overrides, f"output.dir={tmp_path / 'chain'}"]

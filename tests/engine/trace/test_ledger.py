@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,17 @@ def test_a_slow_link_is_transfer() -> None:
     assert first.seconds == pytest.approx(last.seconds)
 
 
+def test_what_comes_after_the_last_action_is_transfer() -> None:
+    """The executor waits for its last sends."""
+    schedule = GENERATORS["1f1b"](2, 3)
+    trace = trace_of(simulate(schedule, Costs.equal(2, 3, 1.0, 1.0, 1.0)), schedule)
+    first, last = trace.ranks
+    late = (*first.ends[:2], *(end + 0.25 for end in first.ends[2:]))
+    found, _ = ledgers(replace(trace, ranks=(replace(first, ends=late), last)))
+    assert found.parts["transfer"] == pytest.approx(0.25)
+    assert found.seconds == pytest.approx(late[-1])
+
+
 def test_parts_add_up_to_the_step_of_each_rank() -> None:
     schedule = GENERATORS["zb-v"](2, 4)
     trace = trace_of(simulate(schedule, Costs.equal(4, 4, 1.0, 1.0, 1.0)), schedule)
@@ -99,6 +111,9 @@ def test_a_file_reads_back(tmp_path: Path) -> None:
     trace = trace_of(simulate(schedule, Costs.equal(2, 4, 1.0, 1.0, 1.0)), schedule)
     trace.write(tmp_path)
     assert read_traces(tmp_path) == [trace]
+    for step in (12, 9):
+        replace(trace, step=step).write(tmp_path)
+    assert [one.step for one in read_traces(tmp_path)] == [7, 9, 12]
 
 
 def test_no_trace_and_a_torn_one(tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.trace.test_ledger import trace_of
 from tests.engine.train_jobs import trace_steps
 from tests.tiny import write_config
 from tetrascope.engine.trace.ledger import action_of, ledgers
 from tetrascope.engine.trace.record import read_traces
+from tetrascope.parallel.pipeline.generators import GENERATORS
+from tetrascope.parallel.pipeline.simulator import Costs, simulate
 from tetrascope.tools.trace.report import ledger_table, makespan, page, resimulated, write_report
 from tetrascope.tools.verify.pool import WorkerPool
 
@@ -49,3 +52,13 @@ def test_a_traced_run(pool: WorkerPool, tmp_path: Path, name: str) -> None:
 def test_nothing_is_written_without_a_trace(pool: WorkerPool, tmp_path: Path) -> None:
     pool.run(trace_steps, write_config(tmp_path), [], 0, world=1)
     assert not (tmp_path / "run" / "trace").exists()
+
+
+def test_a_step_is_simulated_with_the_times_of_the_others() -> None:
+    """Otherwise it would be told by itself."""
+    schedule = GENERATORS["1f1b"](2, 3)
+    times = [simulate(schedule, Costs.equal(2, 3, seconds, seconds, 0.0)) for seconds in (1.0, 2.0)]
+    traces = [trace_of(timeline, schedule) for timeline in times]
+    assert resimulated(traces, 0).makespan == pytest.approx(times[1].makespan)
+    assert resimulated(traces, 1).makespan == pytest.approx(times[0].makespan)
+    assert resimulated(traces[:1], 0).makespan == pytest.approx(times[0].makespan)

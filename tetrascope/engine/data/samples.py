@@ -51,19 +51,25 @@ def load_sample(mixture: Mixture, family: Family, config: Any, task: Task) -> Lo
     info = index[task.place]
     try:
         record, found = part.sample(index, task.place)
+    except BadSample as error:
+        # The file's text is the same for all ranks, and so is this.
+        ids = np.full(info.tokens, config.pad_token_id, dtype=np.int64)
+        ids[: sum(one.tokens for one in info.media)] = family.visual_ids(config)[0]
+        return _blank(info, config, task, ids, (error.kind, str(error)))
+    try:
         rows = part.rows(record, info.media) if task.pixels and info.media else None
         return Loaded(found.ids_T, found.supervised_T, rows)
     except BadSample as error:
-        return _blank(info, family, config, task, (error.kind, str(error)))
+        # Only ranks that read pixels know; where the image's tokens are, and who gets its features, none may see
+        # differently.
+        return _blank(info, config, task, found.ids_T, (error.kind, str(error)))
 
 
-def _blank(info: SampleInfo, family: Family, config: Any, task: Task, failure: tuple[str, str]) -> Loaded:
+def _blank(info: SampleInfo, config: Any, task: Task, ids_T: np.ndarray, failure: tuple[str, str]) -> Loaded:
     """A stand-in of the planned shapes: no shape on any rank may depend on what could be read where."""
-    ids = np.full(info.tokens, config.pad_token_id, dtype=np.int64)
-    ids[: sum(one.tokens for one in info.media)] = family.visual_ids(config)[0]
     rows = np.zeros((info.patches, config.vision.patch_width), dtype=np.float32)
     wanted = task.pixels and bool(info.media)
-    return Loaded(ids, np.zeros(info.tokens, dtype=bool), rows if wanted else None, failure)
+    return Loaded(ids_T, np.zeros(info.tokens, dtype=bool), rows if wanted else None, failure)
 
 
 @dataclass(frozen=True)

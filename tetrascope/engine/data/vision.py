@@ -75,7 +75,9 @@ def visual_sharding(media: Sequence[Media], config: ModelConfig, ranks: int) -> 
         for length, count in zip(one.frames, per_frame, strict=False):
             rows.append(length)
             features.append(count)
-            costs.append((cost.linears + windowed) * length + cost.attention * length**2 + cost.adaptor * count)
+            costs.append(
+                (cost.patch + cost.linears + windowed) * length + cost.attention * length**2 + cost.adaptor * count
+            )
     return shard_visual(rows, features, costs, ranks)
 
 
