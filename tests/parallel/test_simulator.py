@@ -102,7 +102,7 @@ def second_by_second(schedule: Schedule, costs: Costs) -> dict[Action, tuple[int
 def longest_path(case: Case) -> float:
     """The way of a micro-batch through all chunks and back, with the gradient of the weights where it ends."""
     costs, home = case.costs, placement_of(case.schedule)
-    split = any(action.kind is Kind.BACKWARD_INPUT for action in case.schedule[0])
+    split = any(action.kind is Kind.BACKWARD_INPUT for actions in case.schedule for action in actions)
     paths = []
     for m in range(case.micro_batches):
         way = 0.0

@@ -161,9 +161,11 @@ class Backend(enum.Enum):
     FUSED = 1
 
 
+@pytest.mark.parametrize("allowed", [[], [np.dtypes.Int64DType, np.dtype]], ids=["", "after Megatron was imported"])
 def test_what_megatron_usually_saves_besides_is_passed_over(
-    source: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: list[Any]
 ) -> None:
+    """Also when a library has allowed some of it for the whole process, as Megatron-Core does."""
     monkeypatch.setattr(Backend, "__module__", "megatron.core.transformer.enums")
     monkeypatch.setitem(
         __import__("sys").modules, "megatron.core.transformer.enums", argparse.Namespace(Backend=Backend)
@@ -171,7 +173,10 @@ def test_what_megatron_usually_saves_besides_is_passed_over(
     rng = {"np_rng_state": np.random.get_state(), "seed": np.int64(3)}
     write_legacy(source, tmp_path / "source", rng_state=[rng], backend=Backend.FUSED, where=Path("/x"))
     monkeypatch.undo()
-    assert_holds(MegatronReader(tmp_path / "source", Options()), source)
+    with torch.serialization.safe_globals(allowed):
+        before = set(torch.serialization.get_safe_globals())
+        assert_holds(MegatronReader(tmp_path / "source", Options()), source)
+        assert set(torch.serialization.get_safe_globals()) == before
 
 
 def test_copies_that_drifted_apart_are_averaged(source: Memory, tmp_path: Path) -> None:

@@ -12,12 +12,20 @@ import collections
 import pickle
 import re
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import (
+    add_safe_globals,
+    clear_safe_globals,
+    get_safe_globals,
+    get_unsafe_globals_in_checkpoint,
+    safe_globals,
+)
 
 from tetrascope.errors import UserError
 
@@ -108,13 +116,28 @@ def load_contents(path: Path) -> metadata.Metadata:
     return found
 
 
+@contextmanager
+def _only(allowed: list[Any]) -> Iterator[None]:
+    """Lets torch load these beside what it always does, and nothing that other libraries, as Megatron-Core when it is
+    imported, have allowed for the whole process."""
+    before = get_safe_globals()
+    clear_safe_globals()
+    try:
+        with safe_globals(allowed):
+            yield
+    finally:
+        clear_safe_globals()
+        add_safe_globals(before)
+
+
 def load_torch_file(path: Path) -> Any:
     """What `torch.save` wrote, its tensors mapped and not read, on the CPU.
 
     Raises UserError when it cannot be read, or names functions or classes other than those above.
     """
     try:
-        foreign = get_unsafe_globals_in_checkpoint(str(path))
+        with _only([]):
+            foreign = get_unsafe_globals_in_checkpoint(str(path))
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(_unreadable(path, error)) from error
     refused = [name for name in foreign if name not in _DATA and not _INERT.fullmatch(name)]
@@ -122,7 +145,7 @@ def load_torch_file(path: Path) -> Any:
         raise UserError(_refused(path, ", ".join(sorted(refused))))
     allowed: list[Any] = [(_DATA.get(name, Opaque), name) for name in foreign]
     try:
-        with safe_globals([*allowed, Opaque]):
+        with _only([*allowed, Opaque]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise UserError(_unreadable(path, error)) from error
