@@ -43,6 +43,7 @@ BAD: list[tuple[str, dict[str, Any], list[str], str]] = [
     ("no tokenizer", {"data": {"tokenizer": "nowhere"}}, [], "data.tokenizer: nowhere is not a folder"),
     ("no model", {"model": {"config": None}}, [], "give config (shapes) or preset (a published size), to train"),
     ("no folder", {"model": {"init_from": "here"}}, [], "here/config.json: cannot be read"),
+    ("no folder to start from", {}, ["--init-from", "there"], "there/config.json: cannot be read"),
     ("output", {"output": {"dir": "/dev/null/run"}}, [], "output.dir: /dev/null/run cannot be written"),
     ("lr", {"optimizer": {"lr": -1}}, [], "'optimizer.lr' is -1: input should be greater than 0"),
 ]

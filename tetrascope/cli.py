@@ -5,6 +5,7 @@ Bad input ends with one message on stderr and exit code 2, without a traceback.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -39,10 +40,15 @@ def train(
         bool, typer.Option("--dry-run", help="Check and plan at full size; no data, weights or ranks.")
     ] = False,
     trace: Annotated[int, typer.Option(help="Record so many steps, after the first, for a report.", min=0)] = 0,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Hugging Face folder of the first weights.", show_default="model.init_from")
+    ] = None,
 ) -> None:
     """Train. Starts the ranks the configuration asks for, unless torchrun or the like has started them."""
     from tetrascope.engine.config import load_config
 
+    if init_from is not None:
+        overrides = [*(overrides or []), f"model.init_from={json.dumps(str(init_from))}"]
     if dry_run:
         return _dry_run(config, overrides)
     from tetrascope.engine.launch import INTERRUPTED, launch, launched, world_from_environment

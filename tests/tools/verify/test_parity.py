@@ -53,10 +53,15 @@ def _verify(pool: WorkerPool, family: str, name: str, row: Row) -> Verdict:
 
 
 PLAIN = [row for row in ROWS if row.schedule in ("1f1b", "gpipe") and row.layout.ring * row.layout.ulysses == 1]
-"""Rows for every case; the others, of which many more are tried elsewhere, for one case of each family."""
+"""Rows for every case; the others, of which more are tried elsewhere, for one of each family and those with V2PE."""
 
 TRIED = [(*case, row) for row in PLAIN for case in CASES] + [
-    (family, names[0], row) for row in ROWS if row not in PLAIN for family, names in VARIANTS.items()
+    (family, name, row)
+    for row in ROWS
+    if row not in PLAIN
+    for family, names in VARIANTS.items()
+    for name in names
+    if name in (names[0], "v2pe")
 ]
 
 
