@@ -45,7 +45,7 @@ def train(
     ] = None,
 ) -> None:
     """Train. Starts the ranks the configuration asks for, unless torchrun or the like has started them."""
-    from tetrascope.engine.config import load_config
+    from tetrascope.engine.config_file import load_config
 
     if init_from is not None:
         overrides = [*(overrides or []), f"model.init_from={json.dumps(str(init_from))}"]
@@ -107,7 +107,7 @@ def _index(setup: Any) -> None:
 def _dry_run(config: Path, overrides: list[str] | None) -> None:
     from rich.console import Console
 
-    from tetrascope.engine.config import load_config
+    from tetrascope.engine.config_file import load_config
     from tetrascope.engine.dryrun import describe, dry_run
 
     table, lines = describe(dry_run(load_config(config, overrides)))

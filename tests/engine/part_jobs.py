@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tetrascope.engine.config import load_config
+from tetrascope.engine.config_file import load_config
 from tetrascope.engine.logical import Shard
 from tetrascope.engine.setup import prepare
 from tetrascope.engine.trainer import Trainer

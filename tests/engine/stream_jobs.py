@@ -8,7 +8,7 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
-from tetrascope.engine.config import load_config
+from tetrascope.engine.config_file import load_config
 from tetrascope.engine.data.loader import StepData
 from tetrascope.engine.setup import prepare
 from tetrascope.engine.trainer import Trainer

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tetrascope.engine.config import Config, ParallelSection, load_config, validated
+from tetrascope.engine.config import Config, ParallelSection
+from tetrascope.engine.config_file import load_config, validated
 from tetrascope.errors import UserError
 from tetrascope.models.qwen2_vl.config import Qwen2VLConfig
 from tetrascope.parallel.mesh import Layout

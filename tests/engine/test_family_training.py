@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.engine.test_training import CONTEXT, RELATIVE, run_in
 from tests.tiny import write_config, write_tokenizer
-from tetrascope.engine.config import validated
+from tetrascope.engine.config_file import validated
 from tetrascope.engine.source import HuggingFaceFolder, read_hf_config
 from tetrascope.models.family import FAMILIES, family_of, get_family
 from tetrascope.models.weights import logical_tensors

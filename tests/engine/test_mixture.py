@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from tests.tiny import write_tokenizer
-from tetrascope.engine.config import DataSection, validated
+from tetrascope.engine.config import DataSection
+from tetrascope.engine.config_file import validated
 from tetrascope.engine.data.index import Bad, build_index, load_index
 from tetrascope.engine.data.mixture import Mixture, index_file
 from tetrascope.engine.data.samples import SampleLoader, Task, load_sample

@@ -11,7 +11,8 @@ import yaml
 
 from tests.engine.module_jobs import saved_bytes, training_bytes
 from tests.tiny import write_config
-from tetrascope.engine.config import OptimizerSection, load_config, validated
+from tetrascope.engine.config import OptimizerSection
+from tetrascope.engine.config_file import load_config, validated
 from tetrascope.engine.modules import ModuleOptions, Trained, resolve, summary, trained
 from tetrascope.engine.setup import prepare
 from tetrascope.errors import UserError

@@ -20,7 +20,7 @@ from torch import Tensor
 from tests.engine.part_jobs import Cut, started
 from tests.tiny import SPECIALS, write_config, write_tokenizer
 from tetrascope.engine import parts
-from tetrascope.engine.config import load_config
+from tetrascope.engine.config_file import load_config
 from tetrascope.engine.hf_files import TensorFolder
 from tetrascope.engine.logical import Shard
 from tetrascope.engine.parts import PartFolder, PartsSource, open_parts

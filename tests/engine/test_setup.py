@@ -11,7 +11,7 @@ import torch
 from tests.tiny import write_config
 from tetrascope.engine import setup
 from tetrascope.engine.attention import attention_words
-from tetrascope.engine.config import load_config
+from tetrascope.engine.config_file import load_config
 from tetrascope.engine.setup import _merged, prepare
 from tetrascope.errors import UserError
 from tetrascope.parallel.mesh import Layout

@@ -15,7 +15,7 @@ import yaml
 
 from tests.engine.train_jobs import another_profile, folder_of_its_own, resume_line, run_steps, see_less
 from tests.tiny import write_config
-from tetrascope.engine.config import load_config
+from tetrascope.engine.config_file import load_config
 from tetrascope.engine.predict import load_hardware, save_hardware
 from tetrascope.engine.setup import open_data, prepare
 from tetrascope.tools.checkpoint_convert.native_to_hf import native_to_hf

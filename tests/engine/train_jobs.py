@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tetrascope.engine.checkpoint import latest_checkpoint
-from tetrascope.engine.config import load_config
+from tetrascope.engine.config_file import load_config
 from tetrascope.engine.setup import prepare
 from tetrascope.engine.storage import from_rank_0
 from tetrascope.engine.trainer import Trainer

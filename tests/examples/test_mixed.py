@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tetrascope.engine.config import load_config
+from tetrascope.engine.config_file import load_config
 from tetrascope.engine.data.mixture import Mixture
 from tetrascope.engine.data.video import decode, probe
 from tetrascope.engine.modules import trained

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tetrascope.engine.config import load_config
+from tetrascope.engine.config_file import load_config
 from tetrascope.engine.dryrun import DryRun, dry_run
 from tetrascope.engine.modules import trained
 from tetrascope.engine.setup import blueprint

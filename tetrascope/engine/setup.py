@@ -11,7 +11,8 @@ import torch
 
 from tetrascope.engine.attention import check_context_kernel
 from tetrascope.engine.build import check_layout
-from tetrascope.engine.config import Config, DataSection, validated
+from tetrascope.engine.config import Config, DataSection
+from tetrascope.engine.config_file import validated
 from tetrascope.engine.data.mixture import Mixture, Progress
 from tetrascope.engine.data.skipped import SkipLog
 from tetrascope.engine.data.tokenizer import load_tokenizer

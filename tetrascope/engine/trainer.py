@@ -16,7 +16,8 @@ from tetrascope.engine.attention import context_attention
 from tetrascope.engine.build import StageModel, build_optimizer
 from tetrascope.engine.checkpoint import Outcome as Saved
 from tetrascope.engine.checkpoint import Saver, checkpoints, load_checkpoint, newest_whole, read_state, tidy
-from tetrascope.engine.config import Config, validated
+from tetrascope.engine.config import Config
+from tetrascope.engine.config_file import validated
 from tetrascope.engine.data.collate import MicroBatch
 from tetrascope.engine.data.loader import Loader, StepData
 from tetrascope.engine.data.samples import Loaded, SampleLoader, Task, check_digests, sample_loader

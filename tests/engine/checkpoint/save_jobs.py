@@ -20,7 +20,8 @@ from tetrascope.engine.build import StageModel, build_optimizer
 from tetrascope.engine.checkpoint import Saver, checkpoints, load_checkpoint, newest_whole, read_state, save_checkpoint
 from tetrascope.engine.checkpoint import files as files_module
 from tetrascope.engine.checkpoint.shards import state_shards
-from tetrascope.engine.config import CheckpointSection, OptimizerSection, ParallelSection, load_config
+from tetrascope.engine.config import CheckpointSection, OptimizerSection, ParallelSection
+from tetrascope.engine.config_file import load_config
 from tetrascope.engine.logical import Shard
 from tetrascope.engine.modules import family_modules
 from tetrascope.engine.pipeline import Workload, make_pipeline

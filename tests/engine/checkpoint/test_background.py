@@ -21,7 +21,7 @@ from tests.engine.checkpoint.save_jobs import (
 )
 from tests.engine.train_jobs import run_steps
 from tests.tiny import write_config
-from tetrascope.engine.config import load_config
+from tetrascope.engine.config_file import load_config
 from tetrascope.errors import UserError
 from tetrascope.tools.verify.pool import RankFailure, WorkerPool
 

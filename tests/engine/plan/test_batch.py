@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tetrascope.engine.config import BatchSection, validated
+from tetrascope.engine.config import BatchSection
+from tetrascope.engine.config_file import validated
 from tetrascope.errors import UserError
 
 

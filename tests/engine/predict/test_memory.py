@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tetrascope.engine.config import load_config
+from tetrascope.engine.config_file import load_config
 from tetrascope.engine.dryrun import dry_run
 from tetrascope.engine.predict import Model
 from tetrascope.engine.predict.model import parts_of

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 
-from tetrascope.engine.config import validated
+from tetrascope.engine.config_file import validated
 from tetrascope.errors import UserError
 from tetrascope.models.internvl import FAMILY
 from tetrascope.models.internvl.chat import FORMATS, render

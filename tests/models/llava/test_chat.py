@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tetrascope.engine.config import validated
+from tetrascope.engine.config_file import validated
 from tetrascope.errors import UserError
 from tetrascope.models.llava import FAMILY
 from tetrascope.models.llava.chat import DEFAULT_SYSTEM, Plain, Vicuna

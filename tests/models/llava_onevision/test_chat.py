@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tetrascope.engine.config import validated
+from tetrascope.engine.config_file import validated
 from tetrascope.errors import UserError
 from tetrascope.models.layers.vit import ViTShape
 from tetrascope.models.llava_onevision import FAMILY

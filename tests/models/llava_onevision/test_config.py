@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tetrascope.engine.config import validated
+from tetrascope.engine.config_file import validated
 from tetrascope.errors import UserError
 from tetrascope.models.family import family_of
 from tetrascope.models.llava_onevision import FAMILY

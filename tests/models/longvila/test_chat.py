@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.models.longvila.conftest import SPECIALS, make_tokenizer
-from tetrascope.engine.config import validated
+from tetrascope.engine.config_file import validated
 from tetrascope.errors import UserError
 from tetrascope.models.longvila import FAMILY
 from tetrascope.models.longvila.config import LongVilaConfig, clip, picture

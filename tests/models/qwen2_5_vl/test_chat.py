@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from tests.tiny import write_tokenizer
-from tetrascope.engine.config import DataSection, validated
+from tetrascope.engine.config import DataSection
+from tetrascope.engine.config_file import validated
 from tetrascope.engine.data.mixture import Mixture
 from tetrascope.engine.data.samples import Loaded, Task, load_sample
 from tetrascope.engine.data.tokenizer import load_tokenizer

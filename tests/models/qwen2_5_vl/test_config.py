@@ -15,7 +15,7 @@ import torch
 from transformers import Qwen2_5_VLConfig as HFConfig
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from tetrascope.engine.config import validated
+from tetrascope.engine.config_file import validated
 from tetrascope.errors import UserError
 from tetrascope.models.family import family_of
 from tetrascope.models.qwen2_5_vl import FAMILY

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tetrascope.engine.config import validated
+from tetrascope.engine.config_file import validated
 from tetrascope.engine.data.sources.base import Blob
 from tetrascope.engine.data.sources.conversation import record
 from tetrascope.errors import UserError

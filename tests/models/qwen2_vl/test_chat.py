@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tetrascope.engine.config import validated
+from tetrascope.engine.config_file import validated
 from tetrascope.errors import UserError
 from tetrascope.models.media import Media
 from tetrascope.models.qwen2_vl import FAMILY

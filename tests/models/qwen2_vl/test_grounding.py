@@ -108,7 +108,7 @@ def test_what_cannot_be_meant_is_named(part: dict[str, Any], pictures: list[Medi
 
 
 def chat_of(tokenizer: Any) -> ChatML:
-    from tetrascope.engine.config import validated
+    from tetrascope.engine.config_file import validated
 
     return ChatML(validated(FAMILY.config_class, FAMILY.complete(SHAPES, tokenizer), "model.config"), tokenizer)
 

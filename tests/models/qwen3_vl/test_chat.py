@@ -15,7 +15,7 @@ import pytest
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from tests.tiny import write_tokenizer
-from tetrascope.engine.config import validated
+from tetrascope.engine.config_file import validated
 from tetrascope.engine.data.tokenizer import load_tokenizer
 from tetrascope.errors import UserError
 from tetrascope.models.media import Media

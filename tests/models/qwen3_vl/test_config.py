@@ -17,7 +17,8 @@ import torch
 from transformers import Qwen3VLConfig as HFConfig
 from transformers import Qwen3VLForConditionalGeneration
 
-from tetrascope.engine.config import OptimizerSection, ParallelSection, validated
+from tetrascope.engine.config import OptimizerSection, ParallelSection
+from tetrascope.engine.config_file import validated
 from tetrascope.engine.modules import family_modules
 from tetrascope.engine.pipeline import Workload, make_pipeline
 from tetrascope.errors import UserError

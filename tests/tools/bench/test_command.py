@@ -16,7 +16,7 @@ import pytest
 
 from tests.tiny import write_config
 from tetrascope.engine import flops
-from tetrascope.engine.config import load_config
+from tetrascope.engine.config_file import load_config
 from tetrascope.engine.setup import open_data, prepare
 from tetrascope.errors import UserError
 from tetrascope.tools.bench.command import bench_train

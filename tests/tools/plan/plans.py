@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tetrascope.engine.config import Config, validated
+from tetrascope.engine.config import Config
+from tetrascope.engine.config_file import validated
 from tetrascope.engine.modules import trained
 from tetrascope.engine.plan import CostModel
 from tetrascope.engine.predict import Hardware, Link

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from tests.tools.plan.plans import hardware, made, raw, workload
-from tetrascope.engine.config import BatchSection, Config, validated
+from tetrascope.engine.config import BatchSection, Config
+from tetrascope.engine.config_file import validated
 from tetrascope.engine.flops import training_flops
 from tetrascope.engine.predict import predict, prepare
 from tetrascope.engine.setup import blueprint

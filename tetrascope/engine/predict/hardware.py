@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from tetrascope.engine.config import validated
+from tetrascope.engine.config_file import validated
 from tetrascope.errors import UserError
 
 Share = Annotated[float, Field(gt=0, le=1)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tetrascope.engine.config import validated
+from tetrascope.engine.config_file import validated
 from tetrascope.errors import UserError
 from tetrascope.parallel.pipeline.actions import Schedule, from_text
 from tetrascope.parallel.pipeline.simulator import Costs

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from tetrascope.engine.config import load_config
+from tetrascope.engine.config_file import load_config
 from tetrascope.engine.launch import launch, launched, world_from_environment
 from tetrascope.engine.setup import Setup, prepare
 from tetrascope.engine.trainer import Trainer

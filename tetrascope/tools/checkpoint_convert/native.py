@@ -18,7 +18,8 @@ from tetrascope.engine.checkpoint import FORMAT as STATE_FORMAT
 from tetrascope.engine.checkpoint import STATE_FILE, FileRecord, checksum_problems, problem, read_state
 from tetrascope.engine.checkpoint.files import checksum, write_file
 from tetrascope.engine.checkpoint.manifest import write_manifest
-from tetrascope.engine.config import Config, validated
+from tetrascope.engine.config import Config
+from tetrascope.engine.config_file import validated
 from tetrascope.engine.logical import Shard
 from tetrascope.engine.plan.cursor import Cursor
 from tetrascope.errors import UserError

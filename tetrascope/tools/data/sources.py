@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from tetrascope.engine.config import Config, load_config
+from tetrascope.engine.config import Config
+from tetrascope.engine.config_file import load_config
 from tetrascope.engine.data.index import Index
 from tetrascope.engine.data.mixture import DataPart, index_file, index_stem, open_index, open_part
 from tetrascope.engine.data.mixture import Progress as Report

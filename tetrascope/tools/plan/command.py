@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from tetrascope.engine.config import Config, ParallelSection, load_config
+from tetrascope.engine.config import Config, ParallelSection
+from tetrascope.engine.config_file import load_config
 from tetrascope.engine.data.mixture import Mixture
 from tetrascope.engine.modules import trained
 from tetrascope.engine.plan import CostModel

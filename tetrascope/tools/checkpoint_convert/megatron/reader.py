@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tetrascope.engine.config import validated
+from tetrascope.engine.config_file import validated
 from tetrascope.engine.source import read_hf_config
 from tetrascope.errors import UserError
 from tetrascope.models.family import Family
