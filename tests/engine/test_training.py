@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.engine.train_jobs import another_profile, folder_of_its_own, resume_line, run_steps, see_less
+from tests.engine.train_jobs import (
+    another_profile,
+    folder_of_its_own,
+    programs_made_in_steps,
+    resume_line,
+    run_steps,
+    see_less,
+)
 from tests.tiny import write_config
 from tetrascope.engine.config_file import load_config
 from tetrascope.engine.predict import load_hardware, save_hardware
@@ -280,3 +287,10 @@ def test_ranks_that_read_other_hardware_files_refuse(pool: WorkerPool, config: P
         save_hardware(found, config.parent / f"{rank}.yaml")
     with pytest.raises(RankFailure, match=r"parallel\.hardware: not every rank reads the same profile as rank 0"):
         pool.run(another_profile, config, ["parallel.pp=2"], world=2)
+
+
+def test_schedules_are_made_ready_while_the_step_before_runs(pool: WorkerPool, config: Path) -> None:
+    options = ["parallel.pp=2", "parallel.schedule=cost", "batch.micro_batches=4"]
+    for made, schedules in pool.run(programs_made_in_steps, config, options, 4, world=2):
+        assert made == 0
+        assert schedules > 1

@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -14,6 +15,9 @@ from tetrascope.engine.config_file import load_config
 from tetrascope.engine.setup import prepare
 from tetrascope.engine.storage import from_rank_0
 from tetrascope.engine.trainer import Trainer
+from tetrascope.parallel.pipeline import executor
+from tetrascope.parallel.pipeline.actions import Schedule
+from tetrascope.parallel.pipeline.program import Instruction, program
 
 
 def run_steps(config: Path, overrides: list[str], stop_after: int, resume: bool) -> list[dict[str, Any]]:
@@ -77,3 +81,24 @@ def another_profile(config: Path, overrides: list[str]) -> None:
         trainer.start(resume=False)
     finally:
         trainer.close()
+
+
+def programs_made_in_steps(config: Path, overrides: list[str], steps: int) -> tuple[int, int]:
+    """How often the executor had to derive what its stage does from a schedule, and how many schedules there were."""
+    trainer = Trainer(prepare(load_config(config, overrides), int(os.environ["WORLD_SIZE"])))
+    trainer.start(resume=False)
+    made, seen = 0, set()
+
+    def counted(schedule: Schedule, stage: int) -> tuple[Instruction, ...]:
+        nonlocal made
+        before = program.cache_info().misses
+        found = program(schedule, stage)
+        made += program.cache_info().misses - before
+        seen.add(schedule)
+        return found
+
+    with mock.patch.object(executor, "program", counted):
+        for _ in range(steps):
+            trainer.step(steps)
+    trainer.close()
+    return made, len(seen)

@@ -24,7 +24,7 @@ from tetrascope.engine.data.samples import Loaded, SampleLoader, Task, check_dig
 from tetrascope.engine.data.skipped import Skip, SkipLog
 from tetrascope.engine.lr import learning_rate
 from tetrascope.engine.modules import trained
-from tetrascope.engine.plan import CostModel, Cursor, Planner
+from tetrascope.engine.plan import CostModel, Cursor, Planner, StepPlan
 from tetrascope.engine.setup import Setup, index_folder, open_data
 from tetrascope.engine.step import forward_backward
 from tetrascope.engine.step_schedule import step_schedules
@@ -32,7 +32,9 @@ from tetrascope.engine.storage import from_rank_0
 from tetrascope.engine.trace.tracer import Tracer
 from tetrascope.errors import UserError
 from tetrascope.parallel.mesh import Mesh
+from tetrascope.parallel.pipeline.actions import Schedule
 from tetrascope.parallel.pipeline.executor import connect
+from tetrascope.parallel.pipeline.program import program
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Trainer:
             config.data.workers,
             config.data.prefetch,
             self._name_of,
-            lambda plan: self.schedules.of(plan, self.mesh.index("dp")),
+            self._schedule,
         )
         self.skipped = SkipLog(
             config.output.dir / "skipped.jsonl" if self.mesh.rank == 0 else None,
@@ -146,6 +148,12 @@ class Trainer:
             return SampleLoader(self.config.data, setup.family.name, setup.model_config, folder, digests)
         here = sample_loader(self.data, setup.family, setup.model_config)
         return lambda: here
+
+    def _schedule(self, plan: StepPlan) -> Schedule:
+        """The pipeline's schedule of a step; what this stage does in it is made here too, in the loader's thread."""
+        schedule = self.schedules.of(plan, self.mesh.index("dp"))
+        program(schedule, self.mesh.index("pp"))  # which keeps it for the executor
+        return schedule
 
     def _name_of(self, task: Task) -> str:
         name, number = self.data.name_of(task.source, task.place)
